@@ -4,6 +4,8 @@ BIN := .venv/bin
 
 .PHONY: demo real test test-full test-changed coverage durations fixtures check site bench smoke dist pictures renew-image clean
 .DEFAULT_GOAL := demo
+# Containers often set this: then every process of the tests would compile all our modules again, for 0.3 s each.
+export PYTHONDONTWRITEBYTECODE :=
 
 demo: .venv/runtime
 	$(BIN)/abliterate demo

@@ -201,9 +201,10 @@ def kitchen(tmp_path: Path) -> Path:
 
 
 def run_pytest(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "tests.selection", *map(str, arguments)]
+    command = [sys.executable, "-m", "pytest", "-p", "xdist.plugin", "-p", "tests.selection", *map(str, arguments)]
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**own, "PYTHONPATH": str(ROOT)})
+    env = {**own, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the others take a second to load
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
 
 
 def test_what_became_of_tests_is_collected_from_all_workers(kitchen: Path) -> None:

@@ -147,7 +147,7 @@ def faults(numbers: list[int], bases: Path, usual: Path, folder: Path) -> list[s
     return found
 
 
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.full("fuzz"))])
 def test_a_sample_of_changed_files(part: int, bases: Path, usual: Path, tmp_path: Path) -> None:
     numbers = random.Random(SEED).sample(range(COUNT), SAMPLED)
     assert faults(numbers[part::2], bases, usual, tmp_path) == []

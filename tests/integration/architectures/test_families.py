@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from tests.decoders import families, judge, tiny_config
 
 # Messages of reference kernels and of some configurations.
 pytestmark = pytest.mark.filterwarnings("ignore")
+FULL = pytest.mark.full("families")
 
 # Dense, transposed weights, parallel blocks, norms after writers, experts in both orders, shared ones, state spaces,
 # several streams, streams that are scaled, short convolutions after writers.
@@ -66,6 +68,19 @@ SOME = (
     "minimax",
     "olmo_hybrid",
     "opt",
+    "qwen2_moe",
+)
+# Of these, one of most kinds runs in both lanes; the others take the same ways through the code.
+BRIEFLY = (
+    "cohere",
+    "deepseek_v4",
+    "doge",
+    "gemma2",
+    "gpt2",
+    "gpt_oss",
+    "granite",
+    "lfm2",
+    "minimax",
     "qwen2_moe",
 )
 # Families that no exact weight edit covers, and the reason given.
@@ -97,13 +112,23 @@ UNBUILT = {
 }
 
 
+def cases(every: Iterable[Any], briefly: Iterable[Any]) -> list[Any]:
+    """Return the cases of a test; all but some run in the full lane only."""
+    every, both = list(every), list(briefly)
+    assert all(case in every for case in both)
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else [case]), marks=[] if case in both else FULL)
+        for case in every
+    ]
+
+
 def found(family: str) -> tuple[PreTrainedModel, Architecture]:
     """Return a random model of a family and its proven structure."""
     config = tiny_config(family)
     return small_twin(config), proven(config)
 
 
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("family", cases(SOME, BRIEFLY))
 def test_every_writer_is_found_and_none_can_be_left_out(family: str) -> None:
     model, architecture = found(family)
     assert largest_leak(model, architecture)[1] < TOLERANCE
@@ -140,7 +165,7 @@ def test_norms_between_writers_and_the_stream_count(family: str) -> None:
 
 @pytest.mark.parametrize("spread", [0.1, 1.0])
 @pytest.mark.parametrize("how", ["dual", "gain"])
-@pytest.mark.parametrize("family", ["gemma2", "glm4", "olmo2", "olmo_hybrid"])
+@pytest.mark.parametrize("family", cases(["gemma2", "glm4", "olmo2", "olmo_hybrid"], ["gemma2", "olmo2"]))
 def test_both_ways_through_norms_remove_directions_whatever_the_gains(
     family: str, how: PullBack, spread: float
 ) -> None:
@@ -208,7 +233,7 @@ def test_a_model_that_differs_from_its_twin_is_refused() -> None:
         discover(model)
 
 
-@pytest.mark.parametrize("family", ["longcat_flash", "rwkv", "zaya"])
+@pytest.mark.parametrize("family", cases(["longcat_flash", "rwkv", "zaya"], ["longcat_flash", "zaya"]))
 def test_a_family_that_no_edit_reaches_is_refused(family: str) -> None:
     with pytest.raises(UnsupportedArchitectureError, match=BEYOND[family]):
         proven(tiny_config(family))
@@ -299,23 +324,35 @@ def export_and_reload(family: str, folder: Path) -> None:
         assert torch.equal(before, after) == (name not in edited), name
 
 
-@pytest.mark.parametrize("family", EXPORTED)
+# One of each way of storing what is edited; most of the others are exported by the test of hooks.
+@pytest.mark.parametrize(
+    "family", cases(EXPORTED, ["gpt2", "gemma2", "gpt_oss", "mixtral", "dbrx", "jetmoe", "doge", "gpt_neox_japanese"])
+)
 def test_nothing_is_written_along_a_direction_after_export_and_reload(family: str, tmp_path: Path) -> None:
     export_and_reload(family, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("family", "mode", "how"),
-    [
-        *itertools.product(["gpt2", "gemma2"], ["none", "pre", "full", "column"], ["gain"]),
-        *itertools.product(["gemma2", "olmo2"], ["none", "pre", "full", "column"], ["dual"]),
-        *itertools.product(["dbrx", "gpt_oss", "jetmoe", "llama4_text", "mixtral", "qwen2_moe"], ["none"], ["gain"]),
-        *itertools.product(["afmoe", "olmo_hybrid"], ["none"], ["dual"]),
-        *itertools.product(["doge", "gpt_neox_japanese"], ["none", "full"], ["gain"]),
-        *itertools.product(["deepseek_v4", "hy_v4", "minimax"], ["none"], ["gain"]),
-        *itertools.product(["inkling_text"], ["none"], ["gain", "dual"]),
-    ],
-)
+HOOKED = [
+    *itertools.product(["gpt2", "gemma2"], ["none", "pre", "full", "column"], ["gain"]),
+    *itertools.product(["gemma2", "olmo2"], ["none", "pre", "full", "column"], ["dual"]),
+    *itertools.product(["dbrx", "gpt_oss", "jetmoe", "llama4_text", "mixtral", "qwen2_moe"], ["none"], ["gain"]),
+    *itertools.product(["afmoe", "olmo_hybrid"], ["none"], ["dual"]),
+    *itertools.product(["doge", "gpt_neox_japanese"], ["none", "full"], ["gain"]),
+    *itertools.product(["deepseek_v4", "hy_v4", "minimax"], ["none"], ["gain"]),
+    *itertools.product(["inkling_text"], ["none"], ["gain", "dual"]),
+]
+# Every mode with norms and without, experts in each form, and each other kind of stream and bias.
+HOOKED_BRIEFLY = [
+    *itertools.product(["gpt2"], ["none", "pre", "full", "column"], ["gain"]),
+    *itertools.product(["gemma2"], ["none", "pre", "full", "column"], ["dual"]),
+    *itertools.product(["gemma2"], ["none", "full"], ["gain"]),
+    *itertools.product(["olmo2", "afmoe", "inkling_text"], ["none"], ["dual"]),
+    *itertools.product(["dbrx", "gpt_oss", "jetmoe", "mixtral", "deepseek_v4", "minimax"], ["none"], ["gain"]),
+    *itertools.product(["doge", "gpt_neox_japanese"], ["full"], ["gain"]),
+]
+
+
+@pytest.mark.parametrize(("family", "mode", "how"), cases(HOOKED, HOOKED_BRIEFLY))
 def test_hooks_agree_with_the_export_in_every_mode(
     family: str, mode: RowNormalization, how: PullBack, tmp_path: Path
 ) -> None:
@@ -371,7 +408,7 @@ def test_an_adapter_is_the_hooked_model(family: str, tmp_path: Path) -> None:
 
 # The full lane judges every family; these run in both lanes: other kinds of layers, two refusals, one not built.
 JUDGED = {"cohere", "granite", "lfm2", "openai-gpt", "rwkv", "blt"}
-FAMILIES = [pytest.param(f, marks=[] if f in JUDGED else pytest.mark.full("families")) for f in families()]
+FAMILIES = cases(families(), JUDGED)
 
 
 @pytest.fixture(scope="session")
@@ -409,7 +446,11 @@ def test_families_that_are_not_edited_are_known_and_few() -> None:
 
 # Language models with image input, whose files and parameters use other names.
 @pytest.mark.parametrize(
-    "family", ["emu3", "gemma4", "glm4v_moe", "internvl", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl"]
+    "family",
+    cases(
+        ["emu3", "gemma4", "glm4v_moe", "internvl", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl"],
+        ["mistral3", "qwen3_5"],
+    ),
 )
 def test_the_text_side_of_a_family_that_sees_images_is_edited_and_exported(family: str, tmp_path: Path) -> None:
     assert judge(family).reason == ""
@@ -422,8 +463,8 @@ def test_the_text_side_of_a_family_that_sees_images_is_edited_and_exported(famil
         ("llama", BatchingSupport()),
         ("deepseek_v4", BatchingSupport(padded=False, shared=False)),
         ("glm_moe_dsa", BatchingSupport(shared=False)),
-        ("inkling_text", BatchingSupport(shared=False)),
-        ("minimax", BatchingSupport(shared=False)),
+        pytest.param("inkling_text", BatchingSupport(shared=False), marks=FULL),
+        pytest.param("minimax", BatchingSupport(shared=False), marks=FULL),
         ("mamba", BatchingSupport(shared=False)),
         ("bamba", BatchingSupport(cached=False, shared=False)),  # as by default: without any attention layer
         ("recurrent_gemma", BatchingSupport(padded=False, shared=False)),
@@ -447,7 +488,7 @@ def test_how_a_family_can_be_read_is_found_and_kept_to(family: str, batching: Ba
 SPARSE = ("axk2", "deepseek_v32", "glm_moe_dsa")
 
 
-@pytest.mark.parametrize("family", SPARSE)
+@pytest.mark.parametrize("family", cases(SPARSE, ["glm_moe_dsa"]))
 def test_attention_to_a_chosen_few_does_not_depend_on_the_cache(family: str) -> None:
     config = tiny_config(family)
     config.index_topk = 4  # of 13 tokens at most

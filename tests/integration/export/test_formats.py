@@ -25,7 +25,7 @@ from job.model.loading import load_model
 from job.numerics.basis import DirectionPath
 from job.records import LearnedDirections
 from job.storage.exports import is_sealed
-from tests.helpers import abliterate, events, job_arguments, loading, made_from, only_job
+from tests.helpers import abliterate, events, job_arguments, loading, made_from, only_job, stored_trials
 from tests.integration.edits.test_hooks import EDITS, basis_for, edit_by_layer, path_for
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13, 14]]
@@ -263,17 +263,18 @@ def test_a_reproduction_from_other_things_is_refused_or_found_different(
 @pytest.mark.slow
 def test_the_whole_search_is_made_again_on_request(organism: Path, tmp_path: Path) -> None:
     arguments = ["run", *job_arguments(organism), "--workspace"]
-    abliterate(*arguments, tmp_path / "first", "--trials", 6).check()
-    file = only_job(tmp_path / "first") / "export" / "reproduce.json"
-    made = read_reproduction(file)
-    told = abliterate(*arguments, tmp_path / "second", "--reproduce", file, "--with-search").check()
-    assert "all 1 files of weights equal" in told.err
-    assert [event["number"] for event in events(tmp_path / "second") if event["event"] == "trial"] == list(range(6))
+    abliterate(*arguments, tmp_path / "first", "--trials", 4, "--set", "startup_trials=2").check()
+    made = read_reproduction(only_job(tmp_path / "first") / "export" / "reproduce.json")
     # Warn of other versions before hours are spent.
     other = made.model_copy(update={"versions": {**made.versions, "torch": "1.0"}})
     (tmp_path / "other.json").write_text(other.model_dump_json())
-    told = abliterate(*arguments, tmp_path / "third", "--reproduce", tmp_path / "other.json").check()
+    again = ("--reproduce", tmp_path / "other.json", "--with-search")
+    told = abliterate(*arguments, tmp_path / "second", *again).check()
     assert re.search(r"warning: torch was 1\.0, is \d", told.err)
+    assert "all 1 files of weights equal" in told.err
+    assert [event["number"] for event in events(tmp_path / "second") if event["event"] == "trial"] == list(range(4))
+    first, second = (stored_trials(tmp_path / name) for name in ("first", "second"))
+    assert second == first
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_a_job_on_offloaded_weights_writes_the_same_bytes(organism: Path, tmp_pa
     written = []
     for name, options in (("whole", []), ("spread", ["--config", config])):
         workspace = tmp_path / name
-        ended = abliterate("run", *job_arguments(organism), "--workspace", workspace, "--trials", 2, *options)
+        ended = abliterate("run", *job_arguments(organism), "--workspace", workspace, "--trials", 1, *options)
         assert ended.code == 0, ended.err
         assert ("on disk" in ended.err) == (name == "spread")
         written.append((only_job(workspace) / "export/model.safetensors").read_bytes())
@@ -108,7 +108,7 @@ def test_a_model_that_is_let_go_holds_no_memory(organism: Path) -> None:
 @pytest.mark.slow
 def test_a_job_in_four_bits_exports_the_full_weights(organism: Path, tmp_path: Path) -> None:
     """bitsandbytes quantises on the CPU as on a GPU; the export is made from the files."""
-    arguments = ("--workspace", tmp_path, "--trials", 2, "--set", "loading.quantization=bnb-4bit")
+    arguments = ("--workspace", tmp_path, "--trials", 1, "--set", "loading.quantization=bnb-4bit")
     ended = abliterate("run", *job_arguments(organism), *arguments)
     assert ended.code == 0, ended.err
     assert "export verified: KL " in ended.err
@@ -130,7 +130,7 @@ def test_a_job_in_float32_on_files_in_bfloat16_allows_for_the_export_being_round
     tensors = load_file(model / "model.safetensors")
     rounded = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
     save_file(rounded, model / "model.safetensors", metadata={"format": "pt"})
-    arguments = ("--workspace", tmp_path / "runs", "--trials", 2, "--set", 'loading.dtypes=["float32"]')
+    arguments = ("--workspace", tmp_path / "runs", "--trials", 1, "--set", 'loading.dtypes=["float32"]')
     ended = abliterate("run", model, *job_arguments(organism)[1:], *arguments)
     assert ended.code == 0, ended.err
     assert "loaded in float32" in ended.err

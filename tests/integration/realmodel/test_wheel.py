@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,21 +9,15 @@ import pytest
 
 from job.errors import MachineError
 from job.realmodel.wheel import installed_model
-from tests.helpers import Result, environment
+from tests.helpers import Result, run_script
+from tests.warm import MAIN
 
 
 def real_model(folder: Path, *, absent: str = "", packages: Path | None = None) -> Result:
     """Run the command with one package hidden and others added."""
-    code = f"import sys; sys.modules.update({{{absent!r}: None}}); from job.cli.main import main; main()"
-    extra = {"PYTHONPATH": str(packages)} if packages else {}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "real-model", folder],
-        env=environment() | {"PYTHONPATH": str(Path(__file__).parents[3])} | extra,
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
+    first = f"sys.path.insert(0, {str(packages)!r}); " if packages else ""
+    code = f"import sys; {first}sys.modules.update({{{absent!r}: None}}); {MAIN}"
+    return run_script(code, "real-model", folder, cwd=Path(__file__).parents[3])
 
 
 def installed(folder: Path, files: dict[str, bytes]) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,7 +214,9 @@ def mislabel(context):
 
 
 @pytest.mark.slow
-def test_detectors_of_other_packages_run_on_the_chosen_trial(organism: Path, nli_model: Path, tmp_path: Path) -> None:
+def test_detectors_of_other_packages_run_on_the_chosen_trial(
+    organism: Path, nli_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a distribution as pip installs one, the real command, and plugins with different failures."""
     site = tmp_path / "site"
     info = site / "polite_scorers-1.0.dist-info"
@@ -224,7 +226,6 @@ def test_detectors_of_other_packages_run_on_the_chosen_trial(organism: Path, nli
     entries = "".join(f"{name} = polite_scorers:{function}\n" for name, function in names.items())
     (info / "entry_points.txt").write_text(f"[abliteration_job.scorers]\n{entries}")
     (site / "polite_scorers.py").write_text(PLUGIN)
-    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
     arguments = [*job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", 1]
     for kind in ("good", "bad"):  # few prompts: this is not about figures
         arguments += [f"--{kind}-eval-prompts", f"{organism / kind}_test.txt#train[:12]"]
@@ -236,7 +237,9 @@ def test_detectors_of_other_packages_run_on_the_chosen_trial(organism: Path, nli
     abliterate(*choose_detectors("nli")).fails(2, "nli needs a model", "scoring.nli_model")
     model = ["--set", f"scoring.nli_model={nli_model}"]
     everything = ("markers", "soft", "degenerate", "nli", *names)
-    done = abliterate(*choose_detectors(*everything), *model, PYTHONPATH=path).check()
+    monkeypatch.syspath_prepend(site)
+    done = abliterate(*choose_detectors(*everything), *model).check()
+    del sys.modules["polite_scorers"]
     assert "the detector crashing could not be used: the plugin is broken" in done.err
     job = only_job(tmp_path / "runs")
     export = (job / "export").resolve().name

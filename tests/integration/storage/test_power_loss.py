@@ -20,7 +20,7 @@ from job.storage.study_file import BACKUP, count_trials, restore_if_damaged
 from job.transfer.folders import deliver
 from tests.fakes.power import Names, Recorder
 from tests.fakes.preloaded import preloaded
-from tests.helpers import abliterate, environment, job_arguments
+from tests.helpers import environment, job_arguments
 from tests.integration.search.test_optimizer import Runs
 from tests.mirror_places import file_place
 from tests.mirrors import CALM, JOB, Place, add_trial, mirrored, save, write_folder
@@ -227,8 +227,24 @@ def test_a_job_runs_and_is_delivered_where_folders_cannot_be_synced(
 ) -> None:
     words = [*job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", "1", "--set", "startup_trials=1"]
     words += ["--upload", (tmp_path / "out").as_uri(), "--checkpoint", (tmp_path / "mirror").as_uri()]
-    for command in ("preflight", "run"):
-        abliterate(command, *words, cold=True, LD_PRELOAD=str(library), POWER_FOLDER_ERRNO="22").check()  # EINVAL
+    # One process for both commands: a library is preloaded only into one that loads everything itself.
+    code = """
+import sys
+from job.cli.main import main
+for command in ("preflight", "run"):
+    sys.argv[1:2] = [command]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    print(f"{command} has ended")
+"""
+    env = environment(LD_PRELOAD=str(library), POWER_FOLDER_ERRNO="22")  # EINVAL
+    command = [sys.executable, "-c", code, "", *map(str, words)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"{command} has ended" in done.stdout for command in ("preflight", "run"))
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

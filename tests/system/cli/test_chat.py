@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job.model.loading import load_model
 from job.stages.conversation import AnswerStreamer, _answered
-from tests.helpers import COMMAND, abliterate, environment, loading, only_job
+from tests.helpers import abliterate, loading, only_job, run_script
+from tests.warm import MAIN
 
 Conversation = list[dict[str, str]]
 
@@ -55,15 +55,8 @@ def test_base_and_trial_answer_as_the_models_on_disk_do_and_nothing_is_loaded_tw
         *("/trial 99", "/trial x", "/dance", "/tokens 0", "/trials", "", "/trial", "/help", "/reset"),
         *("/system Be brief.", good[0], "/quit", "never asked"),
     ]
-    done = subprocess.run(
-        [*COMMAND, "chat", "--workspace", str(finished)],
-        input="\n".join(script),
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert done.returncode == 0, done.stderr
-    answers = done.stdout.splitlines()
+    done = run_script(MAIN, "chat", "--workspace", finished, asked="\n".join(script)).check()
+    answers = done.out.splitlines()
     assert len(answers) == 15
     base = plain_answers(organism / "model", [said(question) for question in (*bad, *good)])
     edited = plain_answers(
@@ -75,12 +68,12 @@ def test_base_and_trial_answer_as_the_models_on_disk_do_and_nothing_is_loaded_tw
     assert answers[12] == edited[0]
     assert answers[13:14] == plain_answers(organism / "model", [said(bad[0], edited[0], bad[1])])
     assert answers[14] == edited[6]
-    assert done.stderr.count("loading the model") == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.err.count("loading the model") == 1
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert [re.search(r"no trial 99|/trial x|/dance|/tokens 0", line) is not None for line in errors] == [True] * 4
     for told in (f"trial {chosen}: ", "/system [TEXT]", "refusals ("):
-        assert told in done.stderr
-    assert "Traceback" not in done.stderr
+        assert told in done.err
+    assert "Traceback" not in done.err
     # Read-only: not even the event log has grown.
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != ".lock"}
     assert after == before

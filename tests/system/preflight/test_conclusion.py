@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from job.config.load import load_settings
 from job.preflight.conclusion import conclude
-from job.preflight.data_checks import examine_data
+from job.preflight.data_checks import DataFindings, examine_data
 from job.preflight.inputs import PreflightInputs
 from job.preflight.limits import Memory
 from job.preflight.machine_checks import MachineFindings
-from job.preflight.model_checks import examine_model
+from job.preflight.model_checks import ModelFindings, examine_model
 from job.preflight.readings import MachineReading
 from job.preflight.selftest import Exercise, exercise
 from job.preflight.survey import Survey
@@ -45,10 +46,17 @@ def concluded(organism: Path, workspace: Path, measured: Exercise, memory: int, 
     files = {"good": "good_train", "bad": "bad_train", "good_eval": "good_test", "bad_eval": "bad_test"}
     options: dict[str, Any] = {f"{name}_prompts": str(organism / f"{file}.txt") for name, file in files.items()}
     options |= {"model": str(organism / "model"), "workspace": str(workspace), "probe_seconds": 0, "loading": loading}
-    inputs = PreflightInputs(load_settings(options).settings)
-    data = examine_data(inputs)
+    inputs, model, data = examined(json.dumps(options))
     reading = MachineReading(memory=Memory(total=memory, available=memory))
-    return conclude(inputs, examine_model(inputs, None, lambda: data), data, MachineFindings((), reading, measured))
+    return conclude(inputs, model, data, MachineFindings((), reading, measured))
+
+
+@cache
+def examined(options: str) -> tuple[PreflightInputs, ModelFindings, DataFindings]:
+    """Return what preflight finds without regard to the machine; options are JSON."""
+    inputs = PreflightInputs(load_settings(json.loads(options)).settings)
+    data = examine_data(inputs)
+    return inputs, examine_model(inputs, None, lambda: data), data
 
 
 def told(conclusion: Survey) -> list[tuple[str, str]]:

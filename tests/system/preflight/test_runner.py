@@ -19,7 +19,8 @@ from job import preflight
 from job.config.load import load_settings
 from job.preflight.checks import NAMES
 from tests.fakes.hub import LoopbackHub
-from tests.helpers import abliterate, environment, events, job_arguments, only_job, start
+from tests.helpers import abliterate, environment, events, job_arguments, only_job, run_script, start
+from tests.warm import MAIN
 
 
 @pytest.fixture
@@ -108,19 +109,11 @@ def test_a_delivery_folder_with_something_else_in_it(check: Any, tmp_path: Path)
     fails(check("--upload", taken.as_uri()), 3, "target.local", "holds something else")
 
 
-def test_too_few_files_may_be_open(check: Any, random_model_folder: Path, prompts: list[str], tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "from job.cli.main import main; main()",
-        "preflight",
-        str(random_model_folder),
-        *prompts,
-    ]
-    shell = ["bash", "-c", 'ulimit -n 200; exec "$@"', "-", *command, "--workspace", str(tmp_path / "runs"), "--json"]
-    done = subprocess.run(shell, capture_output=True, text=True, env=environment())
-    checks = {one["name"]: one for one in json.loads(done.stdout)["checks"]}
-    assert (done.returncode, checks["limits.open-files"]["status"]) == (76, "fail")
+def test_too_few_files_may_be_open(random_model_folder: Path, prompts: list[str], tmp_path: Path) -> None:
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)); {MAIN}"
+    done = run_script(code, "preflight", random_model_folder, *prompts, "--workspace", tmp_path / "runs", "--json")
+    checks = {one["name"]: one for one in json.loads(done.out)["checks"]}
+    assert (done.code, checks["limits.open-files"]["status"]) == (76, "fail")
     assert "ulimit -n 1024" in checks["limits.open-files"]["remedy"]
 
 
@@ -234,6 +227,12 @@ def hub(random_model_folder: Path) -> Iterator[LoopbackHub]:
         assert hub.errors == []
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the Hub's cache of checks that download no weights: processes fork for one cache, and load for each."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.mark.parametrize(
     ("machine", "strategy", "quantization"),
     [
@@ -244,11 +243,11 @@ def hub(random_model_folder: Path) -> Iterator[LoopbackHub]:
     ],
 )
 def test_plans_for_a_32b_model_from_its_headers_alone(
-    hub: LoopbackHub, check: Any, tmp_path: Path, machine: str, strategy: str, quantization: str
+    hub: LoopbackHub, home: Path, check: Any, machine: str, strategy: str, quantization: str
 ) -> None:
     hub.forget()
     reading = Path(__file__).parents[2] / "fakes" / "readings" / machine
-    network = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+    network = hub.environment(home) | {"HF_HUB_OFFLINE": "0"}
     code, found = check("--on", reading, model="kitchen/coder-32b", **network)
     assert code == 0, found
     plan = found["plan"]
@@ -262,17 +261,19 @@ def test_plans_for_a_32b_model_from_its_headers_alone(
     assert weights == 65_527_752_704 if quantization == "none" else weights < 22e9
     # The plan prints existing settings that are valid together.
     assert load_settings({"model": "m"}, assignments=plan["settings"]).settings.batching.rows == plan["rows"]
-    assert not list((tmp_path / "home").rglob("*.safetensors"))
-    assert not list((tmp_path / "home").rglob("config.json"))
+    assert not list(home.rglob("*.safetensors"))
+    assert not list(home.rglob("config.json"))
 
 
-def test_a_card_that_is_too_small_is_refused_with_what_would_do(hub: LoopbackHub, check: Any, tmp_path: Path) -> None:
+def test_a_card_that_is_too_small_is_refused_with_what_would_do(
+    hub: LoopbackHub, home: Path, check: Any, tmp_path: Path
+) -> None:
     reading = json.loads((Path(__file__).parents[2] / "fakes" / "readings" / "1x24GB.json").read_text())
     for gpu in reading["gpus"]:
         gpu["total_bytes"], gpu["free_bytes"] = 12 << 30, 12 << 30
     reading["memory"] = {**reading["memory"], "total": 32 << 30, "available": 30 << 30}
     (tmp_path / "small.json").write_text(json.dumps(reading))
-    network = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+    network = hub.environment(home) | {"HF_HUB_OFFLINE": "0"}
     found = check("--on", tmp_path / "small.json", model="kitchen/coder-32b", **network)
     fails(found, 76, "gpu.memory", "61.0 GiB of weights", "4xRTX3090")
 
@@ -298,8 +299,8 @@ print(line_speed(source, list_model(source, None, print)))
     hub.faults.clear()
 
 
-def test_models_of_the_hub_that_cannot_be_had(hub: LoopbackHub, check: Any, tmp_path: Path) -> None:
-    network = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+def test_models_of_the_hub_that_cannot_be_had(hub: LoopbackHub, home: Path, check: Any) -> None:
+    network = hub.environment(home) | {"HF_HUB_OFFLINE": "0"}
     fails(check(model="kitchen/absent", **network), 3, "model", "not on the Hub")
     fails(check(model="kitchen/gated", **network), 3, "model", "has not been granted", "terms")
     fails(check(model="kitchen/tiny@v9", **network), 3, "model", "no such revision")
@@ -311,8 +312,7 @@ def test_a_model_of_the_hub_is_pinned_downloaded_and_edited(hub: LoopbackHub, or
     pinned = hub.repo("model", "kitchen/organism").sha
     network = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
     command: list[Any] = ["run", "kitchen/organism", "--workspace", tmp_path / "runs", "--trials"]
-    sets = [f"--{kind}{stage}-prompts={organism / f'{kind}_{split}.txt'}"
-            for kind in ("good", "bad") for stage, split in (("", "train"), ("-eval", "test"))]  # fmt: skip
+    sets = job_arguments(organism)[1:]
     hub.cut("*model.safetensors*", after_bytes=300_000, times=2)
     abliterate(*command, 2, *sets, **network).check()
     job = only_job(tmp_path / "runs")
