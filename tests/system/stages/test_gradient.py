@@ -20,6 +20,7 @@ from job.storage.atomic import read_record, sha256_file
 from job.system.failpoints import FAILPOINTS
 from job.tuning import memory_probe
 from tests.helpers import abliterate, job_arguments, only_job, start, wait_until
+from tests.system.faults.test_devices import plant
 
 pytestmark = pytest.mark.slow
 
@@ -157,6 +158,27 @@ def test_little_memory_makes_smaller_steps_of_the_same_edit(
     for one, other in zip(paths[0].stages, paths[1].stages, strict=True):
         assert (one.beta, one.refusals) == (other.beta, other.refusals)
         assert other.kl == pytest.approx(one.kl, rel=0.05, abs=1e-4)
+
+
+@pytest.mark.full("kills")
+def test_a_descent_for_which_memory_does_not_suffice_gives_way_to_trials(
+    organism: Path, tmp_path: Path, faults: Path
+) -> None:
+    workspace = tmp_path / "runs"
+    process = start("run", *job_of(organism), "--workspace", workspace, *METHOD, **{FAILPOINTS: str(faults)})
+    wait_until(lambda: steps_kept(workspace) > 0, process)
+    plant(faults, "memory", 8)  # a step is halved down to one row first
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "no edits by gradient: out of memory" in err
+    job = only_job(workspace)
+    path = read_record(job / "directions" / "path.json", EditPath)
+    assert not path.stages
+    assert "out of memory" in (path.failed or "")
+    assert not (job / "gradient").exists()
+    trials = read_trials(job / "study.db")
+    assert len(trials) == 6
+    assert all("direction_index" in trial.params for trial in trials)
 
 
 def test_a_study_that_has_begun_with_kernels_goes_on_with_them(organism: Path, finished: Path, tmp_path: Path) -> None:
