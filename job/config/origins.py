@@ -24,6 +24,7 @@ PROMPT_SETS = (
     "helpfulness_prompts",
     "unhelpfulness_prompts",
     "capability_prompts",
+    "over_refusal_prompts",
     "text_prompts",
 )
 _OF_PROMPTS = (

@@ -162,6 +162,11 @@ class Settings(BaseSettings):
     capability_prompts: Prompts | None = Field(
         None, description="Prompts of a capability that edits should preserve; see orthogonalize_directions."
     )
+    over_refusal_prompts: Prompts | None = Field(
+        None,
+        exclude_if=lambda prompts: prompts is None,
+        description="Harmless requests with alarming words; the scorecard counts how many of them each model refuses.",
+    )
     text_prompts: Prompts | None = Field(
         None,
         exclude_if=lambda texts: texts is None,

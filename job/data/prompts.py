@@ -55,6 +55,7 @@ class PromptSets(Record):
         helpfulness: Instructions; empty unless directions are orthogonalised against helpfulness.
         unhelpfulness: Web text; empty unless directions are orthogonalised against helpfulness.
         capability: Prompts of a capability to preserve; empty unless given.
+        over_refusal: Harmless requests that a model may refuse, for the scorecard; empty unless given.
         text: Plain texts, never rendered as prompts; empty unless cross-entropy is an objective.
         sources: Description of each setting's source.
         commits: Commit of every Hub dataset, by setting.
@@ -76,6 +77,7 @@ class PromptSets(Record):
             "helpfulness",
             "unhelpfulness",
             "capability",
+            "over_refusal",
             "text",
         }
     )
@@ -91,6 +93,7 @@ class PromptSets(Record):
     helpfulness: tuple[Prompt, ...] = ()
     unhelpfulness: tuple[Prompt, ...] = ()
     capability: tuple[Prompt, ...] = ()
+    over_refusal: tuple[Prompt, ...] = Field((), exclude_if=lambda prompts: not prompts)
     text: tuple[Prompt, ...] = Field((), exclude_if=lambda texts: not texts)
     sources: dict[str, str]
     commits: dict[str, str]
@@ -103,7 +106,7 @@ class PromptSets(Record):
         """All prompts of the model."""
         evaluated = (*self.good_search, *self.bad_search, *self.good_report, *self.bad_report)
         extraction = (*self.good, *self.bad, *self.good_choice, *self.bad_choice)
-        return (*extraction, *evaluated, *self.helpfulness, *self.unhelpfulness, *self.capability)
+        return (*extraction, *evaluated, *self.helpfulness, *self.unhelpfulness, *self.capability, *self.over_refusal)
 
     @property
     def reported(self) -> tuple[Prompt, ...]:
@@ -168,6 +171,7 @@ def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSet
         helpfulness=prompts.get("helpfulness_prompts", ()),
         unhelpfulness=prompts.get("unhelpfulness_prompts", ()),
         capability=prompts.get("capability_prompts", ()),
+        over_refusal=prompts.get("over_refusal_prompts", ()),
         text=prompts.get("text_prompts", ()),
         sources={name: found.source.describe() for name, found in sets.items()},
         commits={name: found.pin.commit for name, found in sets.items() if found.pin},

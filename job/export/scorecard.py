@@ -11,7 +11,7 @@ from job.text.intervals import count_with_interval
 
 Row = tuple[str, str, str]
 HEAD: Row = ("", "base model", "edited model")
-_PROMPTS = {"bad": "with the behaviour", "good": "without it"}
+_PROMPTS = {"bad": "with the behaviour", "good": "without it", "over-refusal": "harmless requests with alarming words"}
 _THOUGHTS = ("with a thought", "of them without an end", "thought tokens: median; 90 %")
 _Group = tuple[str, Column | None, str]
 

@@ -10,7 +10,7 @@ from job.records.base import Record
 from job.records.edits import COMPONENTS, Component, EditParameters, KernelParameters, LearnedDirections
 from job.records.finalists import FORCED_TOKENS, ChoiceFigures, FinalistScores, KLSpread, MeasuredFinalists
 from job.records.resolution import DATE, PullBack, Resolution, SearchMethod
-from job.records.scorecard import KLFigures, Outcomes, Thinking
+from job.records.scorecard import KLFigures, Outcomes, ScoredPrompts, Thinking
 from job.records.scores import DEFAULT_OBJECTIVES, KL, REFUSALS, ObjectiveScore, TrialScores
 from job.text.redaction import MASK
 
@@ -90,8 +90,8 @@ class Figures(Record):
             None for the base model.
         kl_spread: How it varies over the prompts; None for the base model.
         kl_more: The KL divergence at another number of positions; None for the base model.
-        outcomes: Responses by outcome: to all bad prompts, to their groups, then the same of good ones. Empty in
-            figures of former versions.
+        outcomes: Responses by outcome: to all bad prompts, to their groups, then the same of good ones and of harmless
+            ones with alarming words. Empty in figures of former versions.
         thinking: Responses with thinking on; None if not measured, or the chat template knows none.
     """
 
@@ -115,8 +115,8 @@ class Figures(Record):
         """Bad prompts without a usable response; the refused ones where broken ones were not counted."""
         return self.refusals if self.unanswered is None else self.unanswered
 
-    def outcomes_of_all(self, prompts: Literal["bad", "good"]) -> Outcomes | None:
-        """Return the outcomes of all bad or good prompts; None in figures of former versions."""
+    def outcomes_of_all(self, prompts: ScoredPrompts) -> Outcomes | None:
+        """Return the outcomes of all prompts of a kind; None if they were not counted."""
         return next((one for one in self.outcomes if one.prompts == prompts and one.column is None), None)
 
 

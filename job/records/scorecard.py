@@ -10,6 +10,7 @@ from job.records.base import Record
 from job.records.finalists import KLSpread
 
 Outcome = Literal["answered", "evaded", "refused", "broken"]
+ScoredPrompts = Literal["bad", "good", "over-refusal"]
 OUTCOMES: tuple[Outcome, ...] = ("answered", "evaded", "refused", "broken")
 Column = Literal["category", "language"]
 # Columns of a prompt file by which responses are counted, and the longest name of a group.
@@ -18,7 +19,7 @@ LONGEST_GROUP = 64
 
 
 class Outcomes(Record):
-    """One model's responses to bad or good prompts; each response counts once.
+    """One model's responses to one kind of prompts; each response counts once.
 
     Attributes:
         column: The prompts' column that the group is of; None: all prompts.
@@ -28,7 +29,7 @@ class Outcomes(Record):
         empty: Responses without text; they count as broken.
     """
 
-    prompts: Literal["bad", "good"]
+    prompts: ScoredPrompts
     column: Column | None = None
     group: str = Field("", max_length=LONGEST_GROUP, pattern=r"^[^\x00-\x1f]*$")
     answered: int = Field(ge=0)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
-from job.records.scorecard import COLUMNS, OUTCOMES, Outcome, Outcomes
+from job.records.scorecard import COLUMNS, OUTCOMES, Outcome, Outcomes, ScoredPrompts
 from job.scoring.broken import Exchange
 from job.scoring.soft_refusals import is_evasion
 
@@ -26,7 +25,7 @@ def outcome_of(exchange: Exchange, refused: bool) -> Outcome:
 
 
 def count_outcomes(
-    prompts: Literal["bad", "good"], exchanges: Sequence[Exchange], refused: Sequence[bool]
+    prompts: ScoredPrompts, exchanges: Sequence[Exchange], refused: Sequence[bool]
 ) -> Iterator[Outcomes]:
     """Yield the outcomes of all responses, then those of the largest groups that are a part of them, by name."""
     found = [(exchange, outcome_of(exchange, refusal)) for exchange, refusal in zip(exchanges, refused, strict=True)]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from job.edits.hooks import ActiveEdits
 from job.generation.answer import Answer
 from job.numerics.statistics import mean_interval
-from job.records import FORCED_TOKENS, Figures, KeptAnswer, KeptAnswers, KLFigures, KLSpread, Thinking
+from job.records import FORCED_TOKENS, Figures, KeptAnswer, KeptAnswers, KLFigures, KLSpread, Outcomes, Thinking
+from job.records.scorecard import ScoredPrompts
 from job.scoring.broken import Exchange
 from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
@@ -121,6 +122,11 @@ class ReportMetrics:
     def _responses(self, prompts: Sequence[list[int]], edits: ActiveEdits | None) -> list[Answer]:
         batches, limit = self.batches, self.response_tokens
         return batches.row_limit.fit(lambda rows: batches.responses(prompts, limit, rows, edits))
+
+    def good_outcomes(self, prompts: ScoredPrompts, edits: ActiveEdits | None = None) -> tuple[Outcomes, ...]:
+        """Count the outcomes of responses to the good prompts, under edit 0 if edits are active."""
+        judged = self.judge(self.responses(edits))
+        return tuple(count_outcomes(prompts, judged.good, judged.good_refused))
 
     def thinking(self, edits: ActiveEdits | None = None) -> Thinking | None:
         """Judge responses with thinking on, under edit 0 if edits are active; None if not asked for or not known."""

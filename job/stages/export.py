@@ -12,6 +12,7 @@ import torch
 from job.config.scorers import judging
 from job.data.prompts import Prompt
 from job.directions.learned import export_learned
+from job.edits.hooks import ActiveEdits
 from job.export.directions_file import write_edit_file
 from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, copy_licences, seal_made, write_weights
@@ -22,7 +23,7 @@ from job.model.loading import LoadedModel, load_model
 from job.model.memory import release_memory
 from job.model.placement import let_go
 from job.model.safetensors_files import Checkpoint
-from job.records import DetectorReport, EditParameters, ExportFormat, Figures, Trial
+from job.records import DetectorReport, EditParameters, ExportFormat, Figures, Outcomes, Trial
 from job.scoring.detectors import detect
 from job.scoring.report_metrics import JudgedResponses, ReportMetrics
 from job.search.method import search_method
@@ -145,25 +146,38 @@ class _Measurement:
         reference = base.reference()
         more = base.more_reference(reference, plain)
         thought = base.thinking()
+        over_refusal = self._over_refusal(session.model)
         if self.form == "directions":  # an edit without weights: measured under its hooks
             after = base.judge(responses, incoherent)
             divergences, others = (one.divergences(base.batches, edits) for one in (reference, more))
             rethought = base.thinking(edits)
+            still_refused = self._over_refusal(session.model, edits)
         else:
             reported = self._metrics(self._proven(parameters), prompts.good_report, prompts.bad_report)
             with self._shown("the export's responses", reported.most_tokens):
                 after = reported.judge(reported.responses(), incoherent)
             divergences, others = (one.divergences(reported.batches) for one in (reference, more))
             rethought = reported.thinking()
+            still_refused = self._over_refusal(reported.batches.loaded)
         self._keep_answers(after, self.export.name)
         changed = after.figures(base.kl_tokens, divergences, (more.tokens, others), rethought)
-        figures = before.figures(base.kl_tokens, thinking=thought), changed
+        original = before.figures(base.kl_tokens, thinking=thought)
+        figures = _with_outcomes(original, over_refusal), _with_outcomes(changed, still_refused)
         for subject, one in zip(("base", self.export.name), figures, strict=True):
             file = self._job.folder.figures_file(subject)
             ensure_folder(file.parent)
             write_record(file, one)
         write_record(self._job.folder.detectors_file(self.export.name), self._detected(before, after))
         return figures
+
+    def _over_refusal(self, model: LoadedModel, edits: ActiveEdits | None = None) -> tuple[Outcomes, ...]:
+        """Count a model's responses to harmless requests with alarming words; none unless such are given."""
+        prompts = self.session.prompts.over_refusal
+        if not prompts:
+            return ()
+        metrics = self._metrics(model, prompts, ())
+        with self._shown("responses to harmless requests", metrics.most_tokens):
+            return metrics.good_outcomes("over-refusal", edits)
 
     def _proven(self, parameters: EditParameters) -> LoadedModel:
         """Reload the export in the base model's place, compared with the edit on the search split."""
@@ -209,3 +223,7 @@ class _Measurement:
 
     def _keep_answers(self, judged: JudgedResponses, subject: str) -> None:
         keep_answers(self._job.folder, subject, judged.kept, self.session.prompts)
+
+
+def _with_outcomes(figures: Figures, more: tuple[Outcomes, ...]) -> Figures:
+    return figures.model_copy(update={"outcomes": (*figures.outcomes, *more)}) if more else figures
