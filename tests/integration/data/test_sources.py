@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -532,10 +531,12 @@ def test_a_hub_that_is_out_of_reach_is_this_machine_s_trouble(ask: Any) -> None:
     assert (found["code"], "the Hub is out of reach" in found["error"]) == (76, True), found
 
 
-def test_offline_use_from_a_prepared_cache(hub: LoopbackHub, ask: Any, tmp_path: Path) -> None:
-    environment = {**os.environ, **hub.environment(tmp_path)}
+def test_offline_use_from_a_prepared_cache(hub: LoopbackHub, reader: Server, ask: Any, tmp_path: Path) -> None:
     prepare = "import datasets; datasets.load_dataset('kitchen/napkins')"
-    subprocess.run([sys.executable, "-c", prepare], env=environment, check=True, capture_output=True)
+    options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    prepared = Warm(reader, (), script=prepare, env={**environment(), **hub.environment(tmp_path)}, **options)
+    said = prepared.communicate()[1]
+    assert prepared.returncode == 0, said
     hub.forget()
     found = ask("kitchen/napkins#train[2:5]/ask", HF_HUB_OFFLINE="1")
     assert found["texts"] == ROWS[2:5]
