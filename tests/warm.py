@@ -145,10 +145,23 @@ def server_for(environment: Mapping[str, str], usual: Mapping[str, str], *, ours
     if sys.platform != "linux" or not all(name.startswith("HF_") for name in early):
         return None
     with _starting:
-        if (key := (at_usual_hub, ours and at_usual_hub)) not in _servers:
-            libraries = [*ANYWHERE, *AT_ONE_HUB] if at_usual_hub else ANYWHERE
-            _servers[key] = Server(usual, [*libraries, *(OURS if key[1] else ())])
-        return _servers[key] if at_usual_hub else _at_hub(environment, _servers[key])
+        if at_usual_hub:
+            return _loaded((True, ours), usual)
+        return _at_hub(environment, _loaded((False, False), usual))
+
+
+def server_at(environment: Mapping[str, str], usual: Mapping[str, str], *modules: str) -> Server:
+    """Return a new server, to be closed, in an environment with another Hub, with these modules loaded there."""
+    with _starting:
+        return Server(environment, modules, _loaded((False, False), usual))
+
+
+def _loaded(key: tuple[bool, bool], usual: Mapping[str, str]) -> Server:
+    """Return the server in the usual environment: whether at its Hub, and whether with our own modules."""
+    if key not in _servers:
+        libraries = [*ANYWHERE, *AT_ONE_HUB] if key[0] else ANYWHERE
+        _servers[key] = Server(usual, [*libraries, *(OURS if key[1] else ())])
+    return _servers[key]
 
 
 def _at_hub(environment: Mapping[str, str], base: Server) -> Server:

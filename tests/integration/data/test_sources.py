@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -30,7 +29,9 @@ from job.errors import ImpossibleJobError, UsageError
 from job.export.reproduction import prompts_digest
 from job.preflight.data_checks import data_checks
 from tests.fakes.hub import LoopbackHub
-from tests.helpers import abliterate
+from tests.helpers import abliterate, environment
+from tests.processes import USUAL
+from tests.warm import Server, Warm, read_early, server_at
 
 ROWS = [f"Please fold napkin number {i}." for i in range(10)]
 
@@ -376,14 +377,17 @@ dataset_info:
       feature_of_tomorrow: 1
 ---
 """
-# Reads a SPEC with the real client and prints the result; the endpoint is read at import.
+# Reads a SPEC with the real client and prints the result; the endpoint is read at import. Waits between tries are cut.
 READ = """
 import json, sys
+import datasets.config
+from job.system import hub_client
 from job.system.hub_client import count_traffic, received_bytes
 from job.errors import JobError
 from job.config.sections import PromptSettings
 from job.data.sources import parse_source, read_texts, resolve_commit
 
+datasets.config.STREAMING_READ_RETRY_INTERVAL = hub_client.FIRST_WAIT = 0.05
 count_traffic()
 for spec in sys.argv[1:]:
     said = []
@@ -408,7 +412,7 @@ def shard(rows: int, seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub(lfs_threshold=1 << 20) as hub:
+    with LoopbackHub(lfs_threshold=1 << 20, usual=True) as hub:
         shards = {f"en/c4-train.{i:05d}-of-00012.json.gz": shard(30, i) for i in range(1, 12)}
         big = {"en/c4-train.00000-of-00012.json.gz": shard(8000, 0)}
         hub.add_dataset("allenai/c4", {"README.md": README, **big, **shards, "realnewslike/0.json.gz": shard(5, 99)})
@@ -428,18 +432,30 @@ def hub() -> Iterator[LoopbackHub]:
         assert hub.errors == []
 
 
+@pytest.fixture(scope="module")
+def reader(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Yield a process that has loaded `datasets` for this Hub, and nothing of ours."""
+    network = hub.environment(tmp_path_factory.mktemp("home"))
+    server = server_at({**environment(), **network}, USUAL, "datasets", "scipy.stats", "aiohttp", "fsspec.asyn")
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def ask(hub: LoopbackHub, tmp_path: Path) -> Any:
+def ask(hub: LoopbackHub, reader: Server, tmp_path: Path) -> Any:
     hub.forget()
 
     def call(*specs: str, **extra: str) -> Any:
         """Read specs in one process; return the result, for several a list."""
-        environment = {**os.environ, **hub.environment(tmp_path), **extra}
-        done = subprocess.run(
-            [sys.executable, "-c", READ, *specs], capture_output=True, text=True, env=environment, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        found = [json.loads(line) for line in done.stdout.splitlines()[-len(specs) :]]
+        wanted = {**environment(), **hub.environment(tmp_path), **extra}
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": wanted}
+        if read_early(wanted, reader.environment):
+            process = subprocess.Popen([sys.executable, "-c", READ, *specs], **options)
+        else:
+            process = Warm(reader, specs, script=READ, **options)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        found = [json.loads(line) for line in out.splitlines()[-len(specs) :]]
         return found[0] if len(specs) == 1 else found
 
     yield call
@@ -515,10 +531,12 @@ def test_a_hub_that_is_out_of_reach_is_this_machine_s_trouble(ask: Any) -> None:
     assert (found["code"], "the Hub is out of reach" in found["error"]) == (76, True), found
 
 
-def test_offline_use_from_a_prepared_cache(hub: LoopbackHub, ask: Any, tmp_path: Path) -> None:
-    environment = {**os.environ, **hub.environment(tmp_path)}
+def test_offline_use_from_a_prepared_cache(hub: LoopbackHub, reader: Server, ask: Any, tmp_path: Path) -> None:
     prepare = "import datasets; datasets.load_dataset('kitchen/napkins')"
-    subprocess.run([sys.executable, "-c", prepare], env=environment, check=True, capture_output=True)
+    options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    prepared = Warm(reader, (), script=prepare, env={**environment(), **hub.environment(tmp_path)}, **options)
+    said = prepared.communicate()[1]
+    assert prepared.returncode == 0, said
     hub.forget()
     found = ask("kitchen/napkins#train[2:5]/ask", HF_HUB_OFFLINE="1")
     assert found["texts"] == ROWS[2:5]

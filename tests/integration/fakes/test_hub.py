@@ -5,9 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import close_session
 
 from tests.fakes.hub import LoopbackHub
+from tests.helpers import environment, run_script
 
 # Warnings of the client's HTTP library about the client's uploads.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -60,7 +58,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nowhere/token")
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    with LoopbackHub(chunk_size=CHUNK) as running:
+    with LoopbackHub(chunk_size=CHUNK, usual=True) as running:
         running.add_token("cook-writes", "cook", role="write", namespaces=["kitchen"])
         running.add_token("cook-reads", "cook", role="read")
         running.add_token("guest-writes", "guest", role="write")
@@ -80,12 +78,8 @@ def jsonl(count: int, text: str = "Stir the soup") -> bytes:
 
 def run(hub: LoopbackHub, home: Path, code: str, token: str | None = None) -> dict[str, object]:
     """Run code in a process that knows the hub only by its environment; it prints JSON."""
-    environment = {**os.environ, **hub.environment(home, token)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    done = run_script(code, env={**environment(), **hub.environment(home, token)}).check()
+    return json.loads(done.out.splitlines()[-1])
 
 
 def folder_of(path: Path, files: dict[str, bytes]) -> Path:

@@ -730,14 +730,17 @@ if not lifeline.adopt():
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     sys.argv = ["abliterate", "run", "--when-failed", "stop"]
     supervisor.supervised()
+reading, writing = os.pipe()
 if os.fork() == 0:
-    if os.fork() == 0:
-        time.sleep(0.2)
-        os._exit(9)  # an orphan by now
-    os._exit(0)
-time.sleep(0.6)
-import psutil
-print([child.pid for child in psutil.Process(os.getppid()).children() if child.status() == "zombie"], flush=True)
+    if orphan := os.fork():
+        os.write(writing, str(orphan).encode())
+        os._exit(0)
+    time.sleep(0.1)
+    os._exit(9)  # an orphan by now
+orphan, end = int(os.read(reading, 20)), time.monotonic() + 10
+while os.path.exists(f"/proc/{{orphan}}") and time.monotonic() < end:  # until it is reaped
+    time.sleep(0.01)
+print([orphan] if os.path.exists(f"/proc/{{orphan}}") else [], flush=True)
 os._exit({code})
 """
     done = subprocess.run(

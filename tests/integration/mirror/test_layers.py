@@ -28,6 +28,7 @@ from tests.mirrors import (
     CALM,
     IDENTITY,
     JOB,
+    QUICK,
     Place,
     add_trial,
     mirrored,
@@ -165,7 +166,8 @@ def test_a_batch_sends_what_is_new(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trials", [3_000, pytest.param(10_000, marks=pytest.mark.full("kills"))])
+@pytest.mark.full("kills")
+@pytest.mark.parametrize("trials", [3_000, 10_000])
 def test_after_very_many_trials_a_batch_sends_no_more_than_after_a_thousand(tmp_path: Path, trials: int) -> None:
     sent, size = _bytes_a_batch(tmp_path, trials)
     assert size > 1_500 * trials
@@ -324,7 +326,7 @@ def test_a_runner_that_lost_its_lease_cannot_write_after_a_squash(
     """The other's head comes between the former runner's last commit and its squash."""
     monkeypatch.setattr(hub_history, "_LONGEST", 2)
     run = write_folder(tmp_path / "a" / JOB)
-    claim = hub_place.claim(run.path)
+    claim = hub_place.claim(run.path, QUICK)
     claim.start()
     claim.request()
     wait_until(lambda: claim.head.generation == 1, "no snapshot")

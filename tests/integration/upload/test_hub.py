@@ -21,6 +21,7 @@ from job.errors import DeliveryError, MachineError, UsageError
 from job.export.merged import seal
 from job.records import Manifest
 from job.storage.exports import DONE, MANIFEST
+from job.system import hub_client as client
 from job.upload.hub import HubOptions, deliver, parse_target, prepare, probe
 from tests.fakes.hub import LoopbackHub, Repo
 
@@ -71,6 +72,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
         monkeypatch.setenv("HF_TOKEN", SECRET)
         running.add_token(SECRET, "cook", namespaces=["kitchen"])
         yield running
@@ -375,7 +377,7 @@ def test_a_busy_and_a_broken_hub_are_waited_for(hub: LoopbackHub, send: Sender, 
 
 
 def test_a_hub_that_stays_broken_is_given_up_after_a_while(hub: LoopbackHub, send: Sender, tmp_path: Path) -> None:
-    hub.fail("GET", "/api/whoami-v2", status=503, headers={"Retry-After": "1"}, times=None)
+    hub.fail("GET", "/api/whoami-v2", status=503, times=None)
     with pytest.raises(DeliveryError, match="answers 503 for the token") as caught:
         probe(URI, HubOptions(), report=send.said.append)
     assert isinstance(caught.value.__cause__, MachineError)
@@ -464,7 +466,7 @@ def test_killed_on_the_way_it_sends_no_more_than_one_file_again(hub: LoopbackHub
     hub.fail("PUT", "/upload/*", status=503)
     for kill, skip in enumerate((2, 1)):
         # The file or part after the next is delayed, and the process is killed meanwhile.
-        hub.delay("PUT", "/upload/*", seconds=1.0, times=1, skip=skip)
+        hub.delay("PUT", "/upload/*", seconds=0.5, times=1, skip=skip)
         target = len(hub.asked("PUT", "/upload/*")) + skip + 1
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         while len(hub.asked("PUT", "/upload/*")) < target:
@@ -476,7 +478,7 @@ def test_killed_on_the_way_it_sends_no_more_than_one_file_again(hub: LoopbackHub
         assert SECRET not in printed
         assert ("HTTP Error 503 thrown while requesting PUT" in printed, "signature=" in printed) == (kill == 0, False)
         assert hub.repo("model", "cook/soup").paths() == [".gitattributes"], kill
-        time.sleep(1.1)  # the delayed requests have ended as well
+        time.sleep(0.6)  # the delayed requests have ended as well
     send(export)
     repo = hub.repo("model", "cook/soup")
     holds(repo, export)

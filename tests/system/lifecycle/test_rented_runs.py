@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from job.mirror.options import PACE
 from tests.fakes.cloud import KEY, RunPodServer, VastServer
 from tests.finished_job import finished_job
 from tests.helpers import abliterate, job_arguments, only_job, start
@@ -167,13 +168,14 @@ def test_held_on_this_machine_ends_nothing_and_held_elsewhere_ends_the_one_that_
     text = json.loads(head.read_text())
     text["lease"]["process"]["boot_id"] = "another-boot"
     head.write_text(json.dumps(text))
-    process = start(*arguments, "--workspace", tmp_path / "three", **rented(vast))
+    # It looks for a sign of life more often than by default.
+    process = start(*arguments, "--workspace", tmp_path / "three", **rented(vast), **{PACE: "20,120,1,0.2"})
     while process.poll() is None:
         text["lease"]["beat"] += 1
         head.with_name("head.tmp").write_text(json.dumps(text))
         head.with_name("head.tmp").replace(head)
         try:
-            process.wait(2)
+            process.wait(0.1)
         except Exception:  # it is still checking
             continue
     err = process.communicate()[1]

@@ -27,7 +27,7 @@ def test_write_access_to_two_repositories_made_beforehand_is_enough_for_a_whole_
         rights = {STATE: "write", RESULT: "write", MODEL: "read"}
         hub.add_token(TOKEN, "cook", role="fine-grained", namespaces=rights, gated=[MODEL])
         env = {**hub.environment(tmp_path / "home", TOKEN), "HF_HUB_OFFLINE": "0"}
-        job: list[Any] = ["run", MODEL, *job_arguments(organism)[1:], "--trials", 4]
+        job: list[Any] = ["run", MODEL, *job_arguments(organism)[1:], "--trials", 1, "--set", "startup_trials=1"]
         job += ["--checkpoint", f"hf://{STATE}", "--upload", f"hf://{RESULT}"]
         done = abliterate(*job, "--workspace", tmp_path / "first", **env).check()
         assert "model.safetensors" in hub.repo("model", RESULT).at("main").files

@@ -139,30 +139,24 @@ def test_targets_are_proven_in_preflight_and_nothing_is_left_there(
     prompts.write_text("".join(f"Where is kettle number {i}?\n" for i in range(30)))
     sets = [f"--{name}-prompts={prompts}" for name in ("good", "bad", "good-eval", "bad-eval")]
 
-    def check(target: str, token: str = TOKEN) -> dict[str, Any]:
-        command = [
-            "preflight",
-            random_model_folder,
-            *sets,
-            "--workspace",
-            tmp_path / "runs",
-            "--json",
-            "--upload",
-            target,
-        ]
+    def check(*targets: str, token: str = TOKEN) -> list[dict[str, Any]]:
+        """Return the check of each target."""
+        command = ["preflight", random_model_folder, *sets, "--workspace", tmp_path / "runs", "--json"]
+        command += [word for target in targets for word in ("--upload", target)]
         command += ["--set", f"s3.endpoint={endpoint}", "--set", "s3.addressing_style=path"]
         result = abliterate(*command, **network(hub, tmp_path / "home", token))
-        (one,) = (one for one in json.loads(result.out)["checks"] if one["name"].startswith("target."))
-        assert result.code == (0 if one["status"] == "ok" else 3)
-        found: dict[str, Any] = one
+        found = [one for one in json.loads(result.out)["checks"] if one["name"].startswith("target.")]
+        assert len(found) == len(targets)
+        assert result.code == (0 if all(one["status"] == "ok" for one in found) else 3)
         return found
 
-    assert check("hf://cook/fresh")["status"] == "ok"
-    assert check("s3://kitchen/models/fresh")["status"] == "ok"
+    fresh = check("hf://cook/fresh", "s3://kitchen/models/fresh")
+    assert [one["status"] for one in fresh] == ["ok", "ok"]
     assert bucket.list_objects_v2(Bucket="kitchen")["KeyCount"] == 0
     assert not bucket.list_multipart_uploads(Bucket="kitchen").get("Uploads")
     assert "cook/fresh" not in {repo.id for repo in hub.repos()}
-    denied = check("hf://cook/fresh", READ_TOKEN)
+    (denied,) = check("hf://cook/fresh", token=READ_TOKEN)
     assert (denied["status"], denied["name"]) == ("fail", "target.hf")
-    assert "public" in check("hf://cook/known")["measured"]
-    assert check("s3://no-such-bucket/x")["status"] == "fail"
+    public, absent = check("hf://cook/known", "s3://no-such-bucket/x")
+    assert "public" in public["measured"]
+    assert [one["status"] for one in (public, absent)] == ["fail", "fail"]
