@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ LATE_ONCE = ("TMPDIR", "TZ")
 # Used only by tests of redaction; no library reads them.
 SECRETS = ("DEPLOY_KEY", "DB_PASSWORD", "FOLDER_SECRET")
 
-_servers: dict[tuple[bool, bool], Server] = {}
+_servers: dict[str, Server] = {}
 _at_other_hub: list[Server] = []
 _starting = threading.Lock()
 # What a forked process runs instead of the command.
@@ -141,27 +141,30 @@ def server_for(environment: Mapping[str, str], usual: Mapping[str, str], *, ours
         ours: Preload our own modules, too.
     """
     early = read_early(environment, usual)
-    at_usual_hub = not early
     if sys.platform != "linux" or not all(name.startswith("HF_") for name in early):
         return None
     with _starting:
-        if at_usual_hub:
-            return _loaded((True, ours), usual)
-        return _at_hub(environment, _loaded((False, False), usual))
+        # Each forks from the one before, so that nothing is loaded twice.
+        if early:
+            return _at_hub(environment, _anywhere(usual))
+        at_usual_hub = _server("usual", lambda: Server(usual, AT_ONE_HUB, _anywhere(usual)))
+        return _server("ours", lambda: Server(usual, OURS, at_usual_hub)) if ours else at_usual_hub
 
 
 def server_at(environment: Mapping[str, str], usual: Mapping[str, str], *modules: str) -> Server:
     """Return a new server, to be closed, in an environment with another Hub, with these modules loaded there."""
     with _starting:
-        return Server(environment, modules, _loaded((False, False), usual))
+        return Server(environment, modules, _anywhere(usual))
 
 
-def _loaded(key: tuple[bool, bool], usual: Mapping[str, str]) -> Server:
-    """Return the server in the usual environment: whether at its Hub, and whether with our own modules."""
-    if key not in _servers:
-        libraries = [*ANYWHERE, *AT_ONE_HUB] if key[0] else ANYWHERE
-        _servers[key] = Server(usual, [*libraries, *(OURS if key[1] else ())])
-    return _servers[key]
+def _anywhere(usual: Mapping[str, str]) -> Server:
+    return _server("anywhere", lambda: Server(usual, ANYWHERE))
+
+
+def _server(name: str, made: Callable[[], Server]) -> Server:
+    if name not in _servers:
+        _servers[name] = made()
+    return _servers[name]
 
 
 def _at_hub(environment: Mapping[str, str], base: Server) -> Server:
