@@ -24,14 +24,20 @@ from job.generation.probing import probe_batching
 _SHAPE = 3, 7  # rows and tokens of forwards that find hooks
 _NORM_SAMPLES = 16
 _NORM_TOLERANCE = 1e-4
-# Cached structures and layer parameters by configuration, since a job needs them repeatedly.
-_STRUCTURES: dict[str, tuple[Architecture, set[str]]] = {}
+# Cached structures and layer parameters by what determines them, since a job needs them repeatedly.
+_STRUCTURES: dict[tuple[type, str], tuple[Architecture, set[str]]] = {}
+
+
+def determined_by(model: PreTrainedModel) -> tuple[type, str]:
+    """Return what determines a model's structure: its class and configuration, wherever its files lie."""
+    described = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    return type(model), json.dumps(described, sort_keys=True, default=str)
 
 
 def discover(model: PreTrainedModel) -> Architecture:
     """Return a model's structure, found on a small twin. Raises UnsupportedArchitectureError."""
     config = model.config
-    key = type(model).__name__ + json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = determined_by(model)
     if key not in _STRUCTURES:
         _STRUCTURES[key] = _structure(model)
     architecture, names = _STRUCTURES[key]

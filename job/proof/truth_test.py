@@ -18,8 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from job.architectures.discovery import decoder_of
 from job.architectures.spec import Architecture, Writer, require_editable
-from job.architectures.structure import architecture_of
-from job.architectures.tiny_model import small_twin
+from job.architectures.structure import architecture_of, determined_by, discover
+from job.architectures.tiny_model import empty_model, small_twin
 from job.edits.hooks import Intervention
 from job.errors import UnsupportedArchitectureError, refusing
 from job.model.files import fetch_model, headers_if_quantised, list_model, parse_model
@@ -33,6 +33,8 @@ TOLERANCE = 1e-4
 # Least share that a layer writes along the direction when a writer is omitted: far above rounding.
 _NOTICED = 100 * TOLERANCE
 _ROWS, _TOKENS = 4, 12
+# Models whose proof has passed in this process: a job asks before and after its model is downloaded.
+_supported: set[tuple[type, str]] = set()
 
 
 def largest_leak(
@@ -212,8 +214,15 @@ def inspect_model(folder: Path, trusted: bool = False, stored: Headers | None = 
     quantisation_in(folder, stored)
     # A family's own code may raise anything for numbers that do not go together.
     with refusing(str(config.model_type), "a small test copy built from config.json fails"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as for the twin
+            model = empty_model(config)
+        key = determined_by(model)
+        if key in _supported:
+            return discover(model)
         architecture = proven(config)
         require_supported(config, architecture)
+    _supported.add(key)
     return architecture
 
 
