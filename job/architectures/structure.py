@@ -24,14 +24,23 @@ from job.generation.probing import probe_batching
 _SHAPE = 3, 7  # rows and tokens of forwards that find hooks
 _NORM_SAMPLES = 16
 _NORM_TOLERANCE = 1e-4
-# Cached structures and layer parameters by configuration, since a job needs them repeatedly.
-_STRUCTURES: dict[str, tuple[Architecture, set[str]]] = {}
+# Cached structures and layer parameters by what determines them, since a job needs them repeatedly.
+_STRUCTURES: dict[tuple[type, str], tuple[Architecture, set[str]]] = {}
+
+
+def determined_by(model: PreTrainedModel) -> tuple[type, str]:
+    """Return what determines a model's structure: its class and configuration, wherever its files lie.
+
+    So an export has the structure of its base model, while each copy of a model's own code is a class of its own.
+    """
+    described = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    return type(model), json.dumps(described, sort_keys=True, default=str)
 
 
 def discover(model: PreTrainedModel) -> Architecture:
     """Return a model's structure, found on a small twin. Raises UnsupportedArchitectureError."""
     config = model.config
-    key = _key(model)
+    key = determined_by(model)
     if key not in _STRUCTURES:
         _STRUCTURES[key] = _structure(model)
     architecture, names = _STRUCTURES[key]
@@ -41,15 +50,6 @@ def discover(model: PreTrainedModel) -> Architecture:
             architecture.model_type, f"{others[0]} is missing from the model or from its small test copy"
         )
     return replace(architecture, width=int(config.get_text_config(decoder=True).hidden_size))
-
-
-def _key(model: PreTrainedModel) -> str:
-    """Return what decides a structure: the class, with its module, and the configuration, wherever it was read from.
-
-    So an export has the structure of its base model, while each copy of a model's own code is a module of its own.
-    """
-    described = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
-    return f"{type(model).__module__}.{type(model).__qualname__}" + json.dumps(described, sort_keys=True, default=str)
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from functools import cache
+from typing import Any, NoReturn
 
 # The commands, in the order of `abliterate --help`.
 # isort: off
@@ -13,6 +14,7 @@ from job.cli import export as _export, models as _models, config as _config  # n
 
 # isort: on
 import typer
+from typer.main import get_command
 
 from job.cli.app import app
 from job.errors import JobError, RestartNeeded, Stopped
@@ -69,9 +71,15 @@ def _end_by_surprise() -> NoReturn:
     sys.exit(1)
 
 
+@cache
+def _commands() -> Any:
+    """Return the parser; calling `app` itself would build it again for each command line of a process."""
+    return get_command(app)
+
+
 def _call(arguments: Sequence[str]) -> None:
     try:
-        code = app(args=arguments, prog_name="abliterate", standalone_mode=False)
+        code = _commands()(args=arguments, prog_name="abliterate", standalone_mode=False)
     except typer.Abort:  # Ctrl-C or Ctrl-D at a question
         sys.stderr.write("aborted\n")
         sys.exit(1)

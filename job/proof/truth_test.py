@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from job.architectures.discovery import decoder_of
 from job.architectures.spec import Architecture, Writer, require_editable
-from job.architectures.structure import discover
+from job.architectures.structure import determined_by, discover
 from job.architectures.tiny_model import empty_model, twin_of
 from job.edits.hooks import Intervention
 from job.errors import UnsupportedArchitectureError, refusing
@@ -33,6 +33,8 @@ TOLERANCE = 1e-4
 # Least share that a layer writes along the direction when a writer is omitted: far above rounding.
 _NOTICED = 100 * TOLERANCE
 _ROWS, _TOKENS = 4, 12
+# Models whose proof has passed in this process: a job asks before and after its model is downloaded.
+_supported: set[tuple[type, tuple[type, str]]] = set()
 
 
 def largest_leak(
@@ -194,17 +196,23 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> None:
 
 def proven(config: PretrainedConfig) -> Architecture:
     """Return a model's structure, proven on a small twin. Raises UnsupportedArchitectureError."""
-    return _proven_with_twin(config)[0]
+    with _quiet_twins():
+        return _proven_on_twin(empty_model(config))[0]
 
 
-def _proven_with_twin(config: PretrainedConfig) -> tuple[Architecture, PreTrainedModel]:
+def _proven_on_twin(model: PreTrainedModel) -> tuple[Architecture, PreTrainedModel]:
     """Return a model's structure and the twin on which it is proven, which is left as it was built."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings about optional kernels are irrelevant in a twin
-        model = empty_model(config)
-        architecture, twin = discover(model), twin_of(model)
-        prove(twin, architecture)
+    architecture, twin = discover(model), twin_of(model)
+    prove(twin, architecture)
     return architecture, twin
+
+
+@contextmanager
+def _quiet_twins() -> Iterator[None]:
+    """Ignore warnings about optional kernels, which are irrelevant in a twin."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def inspect_model(folder: Path, trusted: bool = False, stored: Headers | None = None) -> Architecture:
@@ -223,8 +231,15 @@ def inspect_model(folder: Path, trusted: bool = False, stored: Headers | None = 
 
 def supported(config: PretrainedConfig) -> Architecture:
     """Return a proven structure that can be loaded, edited and exported. Raises UnsupportedArchitectureError."""
-    architecture, twin = _proven_with_twin(config)
+    with _quiet_twins():
+        model = empty_model(config)
+        # Two kinds of configuration may have the same model: one of them with image parts beside it.
+        key = type(config), determined_by(model)
+        if key in _supported:
+            return discover(model)
+        architecture, twin = _proven_on_twin(model)
     require_supported(config, architecture, twin)
+    _supported.add(key)
     return architecture
 
 

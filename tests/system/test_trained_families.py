@@ -42,14 +42,20 @@ def answers(folder: Path, prompts: Path) -> list[str]:
 def test_a_behaviour_is_removed_from_another_family(
     family: str, organism_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    organism = organism_of(family)
-    ended = abliterate("run", *job_arguments(organism), "--workspace", tmp_path, "--trials", 24)
+    organism = tmp_path / "organism"
+    organism.mkdir()
+    for file in organism_of(family).iterdir():
+        if file.suffix == ".txt":
+            (organism / file.name).write_text("".join(file.read_text().splitlines(keepends=True)[:40]))
+        else:
+            (organism / file.name).symlink_to(file)
+    ended = abliterate("run", *job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", 12)
     assert ended.code == 0, ended.err
-    export = only_job(tmp_path) / "export"
+    export = only_job(tmp_path / "runs") / "export"
     asked = organism / "bad_test.txt"
     before, after = answers(organism / "model", asked), answers(export, asked)
     refusals = {task.refusal for task in TASKS}
     assert [answer in refusals for answer in before] == [True] * len(before)
     assert sum(answer[:10] in {refusal[:10] for refusal in refusals} for answer in after) <= len(after) // 20
-    told = (only_job(tmp_path) / "report.md").read_text()
+    told = (only_job(tmp_path / "runs") / "report.md").read_text()
     assert ("Norms stand between" in told) == (family == "gemma2")
