@@ -107,6 +107,7 @@ PARTS = {
             "job/stages/*.py",
             "job/lifecycle/*.py",
             "tests/helpers.py",
+            "tests/system/faults/test_damage.py",
             "tests/system/stages/test_gradient.py",
             "tests/system/test_run.py",
         ),
@@ -114,7 +115,10 @@ PARTS = {
     ),
     "fuzz": Part(
         ("job/preflight/model_checks.py", "job/model/*.py", "job/proof/truth_test.py"),
-        ("tests/mutations.py", "tests/system/test_model_fuzz.py"),
+        (
+            *("tests/mutations.py", "tests/system/test_model_fuzz.py"),
+            *("tests/cases/*.py", "tests/system/test_verdicts.py"),
+        ),
         _MODELS,
     ),
     "workers": Part(
