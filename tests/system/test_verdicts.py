@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from job.data.prompts import PromptSets
-from tests.cases import BRIEF, SETS, Case, Verdicts, usual_lines, verdicts, write_brief
+from tests.cases import SETS, Case, Verdicts, usual_lines, verdicts, write_brief
 from tests.cases.models import DATED, MODELS, not_finite, template
 from tests.cases.prompts import PROMPTS
 from tests.cases.settings import OTHERS
@@ -99,11 +99,11 @@ def test_weights_of_large_models_are_looked_at_while_they_are_loaded(brief: Path
 EARLY, LATE = {"TZ": "Etc/GMT+12"}, {"TZ": "Etc/GMT-14"}
 
 
-def test_a_dated_template_is_written_on_the_day_of_the_first_start(brief: Path, tmp_path: Path) -> None:
+def test_a_dated_template_is_written_on_the_day_of_the_first_start(organism: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    shutil.copytree(brief / "model", model)
+    shutil.copytree(organism / "model", model)
     template(DATED)(model)
-    words = [str(model), *job_arguments(brief)[1:], *BRIEF, "--set", "trials_per_batch=2"]
+    words = [str(model), *job_arguments(organism)[1:], "--set", "startup_trials=2", "--set", "trials_per_batch=2"]
 
     def run(name: str, trials: int, zone: dict[str, str], *more: str) -> Path:
         abliterate("run", *words, "--workspace", tmp_path / name, "--trials", trials, *more, **zone).check()
