@@ -101,6 +101,7 @@ PARTS = {
             "job/lifecycle/*.py",
             "tests/helpers.py",
             "tests/integration/search/test_optimizer.py",
+            "tests/system/faults/test_damage.py",
             "tests/system/stages/test_gradient.py",
             "tests/system/test_failpoints.py",
             "tests/system/test_run.py",
@@ -109,7 +110,10 @@ PARTS = {
     ),
     "fuzz": Part(
         ("job/preflight/model_checks.py", "job/model/*.py", "job/proof/truth_test.py"),
-        ("tests/mutations.py", "tests/system/test_model_fuzz.py"),
+        (
+            *("tests/mutations.py", "tests/system/test_model_fuzz.py"),
+            *("tests/cases/*.py", "tests/system/test_verdicts.py"),
+        ),
         _MODELS,
     ),
     "workers": Part(

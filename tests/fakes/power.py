@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,8 @@ from tests.helpers import environment
 
 # Which names survive: only those of synced folders, or all, as if the kernel had written them early.
 Names = Literal["synced", "all"]
+# By the name in the folder: whether it is one of a file, a folder or something else, and the record of its contents.
+State = dict[str, tuple[str, Path | None]]
 
 
 @dataclass(frozen=True)
@@ -43,34 +46,42 @@ class Recorder:
         assert done.returncode == 0, done.stderr
 
     def losses(self, into: Path, names: Names) -> Iterator[Path]:
-        """Yield the recorded folder as left by a power loss at each step; the last step is the end."""
+        """Yield the recorded folder as left by a power loss at each step that changes it; the last is the end."""
         steps = sorted(self.records.iterdir())
         begun = next(number for number, record in enumerate(steps) if record.name.split()[1] == "root")
+        before: State | None = None
         for number in range(begun, len(steps)):
-            left = into / f"{number:06d}"
-            self._rebuild(steps[: number + 1], left, names)
+            state = self._left(steps[: number + 1], names)
+            if state == before:
+                continue
+            before, left = state, into / f"{number:06d}"
+            left.mkdir(parents=True)
+            for name, (kind, contents) in state.items():
+                _put(kind, left / name, contents)
             yield left
             shutil.rmtree(left)
 
-    def _rebuild(self, steps: list[Path], target: Path, names: Names) -> None:
+    def _left(self, steps: list[Path], names: Names) -> State:
+        """Return what a power loss after these steps leaves."""
         latest = {(what, key): step for step in steps for _, what, key in [step.name.split()]}
         folders = {key: step for (what, key), step in latest.items() if what in ("folder", "root")}
         files = {key: step for (what, key), step in latest.items() if what == "file"}
-        target.mkdir(parents=True)
         if names == "all":
-            for kind, key, name in sorted(_entries(latest["names", "now"]), key=lambda entry: entry[2]):
-                _put(kind, target / name, files.get(key))
-        else:
-            root = next(step for (what, _), step in latest.items() if what == "root")
-            self._fill(root, target, folders, files)
+            now = sorted(_entries(latest["names", "now"]), key=lambda entry: entry[2])
+            return {name: (kind, files.get(key)) for kind, key, name in now}
+        root = next(step for (what, _), step in latest.items() if what == "root")
+        return dict(self._synced(root, "", folders, files))
 
-    def _fill(self, listing: Path, target: Path, folders: dict[str, Path], files: dict[str, Path]) -> None:
+    def _synced(
+        self, listing: Path, place: str, folders: dict[str, Path], files: dict[str, Path]
+    ) -> Iterator[tuple[str, tuple[str, Path | None]]]:
         for kind, key, name in _entries(listing):
-            _put(kind, target / name, files.get(key))
+            yield f"{place}{name}", (kind, files.get(key))
             if kind == "d" and key in folders:
-                self._fill(folders[key], target / name, folders, files)
+                yield from self._synced(folders[key], f"{place}{name}/", folders, files)
 
 
+@cache
 def _entries(listing: Path) -> list[tuple[str, str, str]]:
     rows = [line.split(" ", 2) for line in listing.read_text().splitlines()]
     return [(kind, key, name) for kind, key, name in rows]

@@ -6,12 +6,14 @@ import json
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import COMMAND, Result, environment, job_arguments, only_job
+from tests.cases import BRIEF, write_brief
+from tests.helpers import COMMAND, Result, environment, job_arguments, only_job, run_script
+from tests.warm import MAIN
 
 APART = ("unshare", "--mount")
 NAMELESS = ("unshare", "--user", "--map-user=12345", "--map-group=12345")
@@ -33,6 +35,22 @@ def in_surroundings(setting: str, *arguments: object, within: Sequence[str] = ()
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+# Mounts after that are private to the process and those that it starts.
+_APART = """
+import ctypes, subprocess, sys
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 1 << 14, 1 << 18
+libc = ctypes.CDLL(None)
+if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None):
+    sys.exit("cannot mount apart")
+subprocess.run(["mount", *sys.argv.pop(1).split()], check=True)
+"""
+
+
+def with_mount(words: str, *arguments: object) -> Result:
+    """Run the command in a mount namespace of its own, after `mount` with these words there."""
+    return run_script(_APART + MAIN, words, *arguments)
+
+
 @pytest.fixture
 def apart() -> None:
     if subprocess.run([*APART, "true"], capture_output=True).returncode:
@@ -46,8 +64,14 @@ def place() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_a_home_that_cannot_be_written_and_a_closed_umask_disturb_nothing(organism: Path, tmp_path: Path) -> None:
-    job = ("run", *job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", 2)
+@pytest.fixture(scope="session")
+def brief(organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Return an organism with few layers and prompts; read-only."""
+    return shared("very-brief", lambda folder: write_brief(organism, folder))
+
+
+def test_a_home_that_cannot_be_written_and_a_closed_umask_disturb_nothing(brief: Path, tmp_path: Path) -> None:
+    job = ("run", *job_arguments(brief), "--workspace", tmp_path / "runs", "--trials", 2, *BRIEF)
     job = (*job, "--upload", (tmp_path / "delivered").as_uri())
     in_surroundings("umask 077", *job, HOME="/proc/nowhere").check()
     export = only_job(tmp_path / "runs") / "export"
@@ -56,10 +80,10 @@ def test_a_home_that_cannot_be_written_and_a_closed_umask_disturb_nothing(organi
     assert stat.S_IMODE(delivered.stat().st_mode) & 0o077 == 0  # the user's umask is kept
 
 
-def test_a_user_without_a_name_and_a_home_disturbs_nothing(organism: Path, tmp_path: Path) -> None:
+def test_a_user_without_a_name_and_a_home_disturbs_nothing(brief: Path, tmp_path: Path) -> None:
     if subprocess.run([*NAMELESS, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to take another user id")
-    job = (*job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", 2)
+    job = (*job_arguments(brief), "--workspace", tmp_path / "runs", "--trials", 2, *BRIEF)
     setting = f"cd {tmp_path} && unset HOME USER LOGNAME && ! id --user --name"
     in_surroundings(setting, "run", *job, within=NAMELESS).check()
     assert (only_job(tmp_path / "runs") / "export" / ".done").exists()
@@ -69,6 +93,7 @@ def test_a_user_without_a_name_and_a_home_disturbs_nothing(organism: Path, tmp_p
 @pytest.mark.slow
 def test_workers_need_no_shared_memory(organism: Path, tmp_path: Path, apart: None) -> None:
     job = ("run", *job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", 48, "--workers", 2)
+    # All load their libraries at the same time; a run that has them would end before its worker is ready.
     gone = "mount -t tmpfs -o ro,size=4k none /dev/shm"
     done = in_surroundings(gone, *job, within=APART).check()
     assert "worker 1 is ready" in done.err
@@ -77,10 +102,10 @@ def test_workers_need_no_shared_memory(organism: Path, tmp_path: Path, apart: No
 def test_a_file_system_without_inodes_is_named_before_anything_is_done(
     organism: Path, place: Path, apart: None
 ) -> None:
-    full = f"mount -t tmpfs -o nr_inodes=12,size=2g none {place}"
+    full = f"-t tmpfs -o nr_inodes=12,size=2g none {place}"
     job = (*job_arguments(organism), "--workspace", place / "runs")
-    checked = in_surroundings(full, "preflight", *job, "--json", within=APART)
+    checked = with_mount(full, "preflight", *job, "--json")
     assert checked.code == 76
     failed = [check["name"] for check in json.loads(checked.out)["checks"] if check["status"] == "fail"]
     assert failed == ["disk.inodes"]
-    in_surroundings(full, "run", *job, within=APART).fails(76, "disk.inodes")
+    with_mount(full, "run", *job).fails(76, "disk.inodes")

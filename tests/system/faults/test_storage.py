@@ -22,6 +22,7 @@ from job.storage.events import Events
 from job.storage.study_file import BACKUP, back_up, is_sound, restore_if_damaged
 from tests.fakes.preloaded import preloaded
 from tests.helpers import (
+    Result,
     abliterate,
     die_while_writing,
     environment,
@@ -138,30 +139,29 @@ def held_by_another(study: Path, seconds: float) -> Iterator[int]:
 def test_a_study_in_use_is_waited_for_and_never_taken_for_damaged(
     organism: Path, finished: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(finished, tmp_path / "runs", symlinks=True)
-    job = only_job(tmp_path / "runs")
-    words = [
-        *job_arguments(organism),
-        "--workspace",
-        tmp_path / "runs",
-        "--trials",
-        len(stored_trials(tmp_path / "runs")) + 2,
-    ]
+    trials = len(stored_trials(finished)) + 2
+    # Two copies: both commands wait at the same time.
+    for name in ("runs", "checked"):
+        shutil.copytree(finished, tmp_path / name, symlinks=True)
+    job, to_check = only_job(tmp_path / "runs"), only_job(tmp_path / "checked")
+    words = [*job_arguments(organism), "--trials", trials, "--workspace"]
     before = (job / "study.db").read_bytes()
-    with held_by_another(job / "study.db", 300) as other:
-        checked, ran = abliterate("preflight", *words, "--json"), abliterate("run", *words)
+    with held_by_another(job / "study.db", 300) as holder, held_by_another(to_check / "study.db", 300) as other:
+        running = start("run", *words, tmp_path / "runs")
+        checked = abliterate("preflight", *words, tmp_path / "checked", "--json")
+        err = running.communicate()[1]
+        Result(running.returncode, "", err).fails(76, f"study.db is in use by process {holder} (python")
         told = f"study.db is in use by process {other} (python"
-        ran.fails(76, told)
         (check,) = json.loads(checked.out)["checks"]
         assert (checked.code, check["name"], check["status"]) == (76, "job", "fail")
         assert told in check["measured"]
-        assert "damaged" not in checked.out + ran.out + ran.err
+        assert "damaged" not in checked.out + err
     assert (job / "study.db").read_bytes() == before
     assert not (job / "study.damaged.db").exists()
-    with held_by_another(job / "study.db", 4):
-        ran = abliterate("run", *words).check()
+    with held_by_another(job / "study.db", 3):
+        ran = abliterate("run", *words, tmp_path / "runs").check()
     assert "damaged" not in ran.err
-    assert len(stored_trials(tmp_path / "runs")) == words[-1]
+    assert len(stored_trials(tmp_path / "runs")) == trials
 
 
 @dataclass(frozen=True)
