@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -158,6 +159,8 @@ def _threads() -> Iterator[None]:
     yield
     for thread in set(threading.enumerate()) - before:
         if not thread.daemon:
+            while thread.ident is None:  # it is being started
+                time.sleep(0.001)
             thread.join(60)
 
 
