@@ -256,7 +256,7 @@ def _undelivered(folder: RunFolder, settings: Settings) -> str:
 
 
 def _earlier_starts(folder: RunFolder, settings: Settings, last_holder: HolderRecord | None) -> EarlierStarts:
-    processes = (last_holder.process,) if last_holder is not None else ()
+    processes = (last_holder.process,) if last_holder is not None and not last_holder.released else ()
     if not folder.job_file.exists():
         return EarlierStarts(processes=processes)
     from job.report.results import trials_so_far  # imports slowly, and a finished job does not need it

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from job.errors import HeldError
+from job.errors import HeldError, JobError
 from job.records import ExportFormat, Figures, JobRecord, State, Upload
 from job.records.evaluation import Benchmarks
 from job.storage.atomic import (
@@ -164,10 +164,22 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.lock_file, error) from error
         try:
-            write_record(self.holder_file, HolderRecord(process=this_process(), host=socket.gethostname()))
+            own = HolderRecord(process=this_process(), host=socket.gethostname())
+            write_record(self.holder_file, own)
             since = self.holder_file.stat().st_mtime
             sweep_temporaries(self.path, since, below=True)
             sweep_temporaries(self.path.parent, since)
-            yield
+            try:
+                yield
+            finally:
+                self._note_release(own)
         finally:
             lock.release()
+
+    def _note_release(self, own: HolderRecord) -> None:
+        """Note that this process no longer works on the job, unless another one has taken over."""
+        try:
+            if self.holder() == own:
+                write_record(self.holder_file, own.model_copy(update={"released": True}))
+        except (OSError, JobError):
+            return  # the next start may take this process for one that is still at work, until it ends

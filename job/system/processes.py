@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import psutil
+from pydantic import Field
 
 from job.records import Record
 
@@ -96,10 +97,15 @@ def process_namespace() -> str:
 
 
 class HolderRecord(Record):
-    """holder.json: process and host of a job's current or last holder."""
+    """holder.json: process and host of a job's current or last holder.
+
+    Attributes:
+        released: It has let the job go, and may live on: a notebook, for example.
+    """
 
     process: ProcessRecord
     host: str
+    released: bool = Field(False, exclude_if=lambda released: not released)
 
     def describe(self) -> str:
         """Describe the holder in words."""

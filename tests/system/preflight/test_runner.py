@@ -328,6 +328,16 @@ def test_a_model_of_the_hub_is_pinned_downloaded_and_edited(hub: LoopbackHub, or
 
 
 @pytest.mark.slow
+def test_a_process_that_has_let_its_job_go_is_not_in_the_way(organism: Path, tmp_path: Path) -> None:
+    """As a notebook: the tests' process runs a job and lives on, while another process extends it."""
+    job = [*job_arguments(organism), "--workspace", tmp_path, "--set", "startup_trials=1"]
+    abliterate("run", *job, "--trials", 1).check()
+    done = abliterate("preflight", *job, "--trials", 2, "--json", process=True).check()
+    (check,) = [check for check in json.loads(done.out)["checks"] if check["name"] == "strays.own"]
+    assert check["status"] == "ok"
+    abliterate("run", *job, "--trials", 2, process=True).check()
+
+
 def test_a_job_that_is_held_and_one_in_a_restart_loop(organism: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "runs"
     arguments = [*job_arguments(organism), "--workspace", workspace]

@@ -17,7 +17,7 @@ def test_a_question_that_is_interrupted_ends_without_a_traceback(
     def ask(**_: Any) -> NoReturn:
         raise typer.Abort
 
-    monkeypatch.setattr(MAIN, "app", ask)
+    monkeypatch.setattr(MAIN, "_commands", lambda: ask)
     with pytest.raises(SystemExit) as end:
         MAIN._call(["cloud", "vast", "destroy"])
     assert end.value.code == 1
