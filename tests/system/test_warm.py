@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def look(pid: int) -> dict[str, Any]:
 def test_what_libraries_set_in_the_tests_process_starts_no_command_cold(monkeypatch: pytest.MonkeyPatch) -> None:
     before = environment()
     importlib.import_module("torch._inductor.fx_passes.numeric_utils")
+    monkeypatch.delitem(sys.modules, "lm_eval", raising=False)  # a job of another test may have loaded it
     importlib.import_module("lm_eval")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert os.environ["HF_XET_HIGH_PERFORMANCE"] == "1"

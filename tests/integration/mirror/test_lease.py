@@ -78,7 +78,8 @@ def test_what_a_killed_run_has_mirrored_is_whole(place: Place, tmp_path: Path, k
         time.sleep(random.uniform(0, 0.5))
         process.kill()
         rest, _ = process.communicate()
-        seen = [int(text.split()[1]) for text in rest.splitlines() if text.startswith("generation")]
+        whole = rest.rpartition("\n")[0]  # the kill may cut a line
+        seen = [int(text.split()[1]) for text in whole.splitlines() if text.startswith("generation")]
         acknowledged = max([acknowledged, *seen])
         assert place.head()["generation"] >= acknowledged
         # Study, state and events are consistent, on an empty machine.

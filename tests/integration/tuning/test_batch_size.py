@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import optuna
@@ -36,18 +37,7 @@ from job.tuning.layouts import (
     remember,
 )
 from job.tuning.memory_probe import Gauge
-from tests.cases import BRIEF, shorten
-from tests.helpers import (
-    abliterate,
-    alone,
-    environment,
-    events,
-    job_arguments,
-    loading,
-    only_job,
-    run_script,
-    stored_trials,
-)
+from tests.helpers import abliterate, alone, environment, events, job_arguments, loading, only_job, stored_trials
 
 
 class Machine:
@@ -141,15 +131,6 @@ def test_a_file_that_is_not_ours_is_left_alone_and_one_that_is_grows(tmp_path: P
         assert read_layouts(tmp_path) is None
 
 
-@pytest.fixture(scope="module")
-def shallow(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the organism with two layers, which a forward passes sooner; read-only."""
-    folder = tmp_path_factory.mktemp("organism") / "shallow"
-    shutil.copytree(organism, folder)
-    shorten(folder / "model")
-    return folder
-
-
 @alone
 def test_the_gauge_sees_what_is_taken_and_given_back() -> None:
     gauge = Gauge(torch.nn.Linear(2, 2), 1)
@@ -203,7 +184,7 @@ from tests.helpers import loading
 folder, workspace = Path(sys.argv[1]), Path(sys.argv[2])
 loaded = load_model(folder / "model", loading("float32"), lambda _: None)
 settings = load_settings({"model": str(folder), "trials_per_batch": 4}).settings
-sets = {name: [Prompt(user=line * 10) for line in (folder / f"{name}.txt").read_text().splitlines()[:20]]
+sets = {name: [Prompt(user=line * 10) for line in (folder / f"{name}.txt").read_text().splitlines()[:50]]
         for name in ("good_train", "bad_train", "good_test", "bad_test")}
 prompts = PromptSets(good=sets["good_train"], bad=sets["bad_train"], good_search=sets["good_test"],
                      bad_search=sets["bad_test"], good_report=(), bad_report=(), sources={}, commits={}, public=())
@@ -217,18 +198,23 @@ def scorer(good, bad, rows):
 tuner = Tuner(workspace, record, settings, prompts, loaded, scorer, 4, 1, Events())
 scorer(prompts.good_search[:4], prompts.bad_search[:4], 4)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + 8_000_000, resource.RLIM_INFINITY))
-print(tuner.rows(32))
+resource.setrlimit(resource.RLIMIT_AS, (taken + 50_000_000, resource.RLIM_INFINITY))
+print(tuner.rows(64))
 """
 
 
-def test_under_a_real_limit_a_layout_is_found_that_fits(shallow: Path, tmp_path: Path) -> None:
-    # A cold process: a warm one has freed memory, which is no new one.
-    done = run_script(SHORT, shallow, tmp_path, env=environment(MALLOC_ARENA_MAX="1")).check()
+def test_under_a_real_limit_a_layout_is_found_that_fits(full_organism: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT, str(full_organism), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment(MALLOC_ARENA_MAX="1"),
+    )
+    assert done.returncode == 0, done.stderr
     layouts = read_layouts(tmp_path)
     assert layouts is not None
     (kept,) = layouts.layouts
-    assert kept.chosen.rows == int(done.out.splitlines()[-1])
+    assert kept.chosen.rows == int(done.stdout.splitlines()[-1])
     fitting = {one.rows: one.seconds is not None for one in kept.measured}
     assert fitting[kept.chosen.rows]
     assert not all(fitting.values())
@@ -243,9 +229,9 @@ def layout(workspace: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_a_job_is_tuned_once_and_the_next_one_on_the_model_remembers(shallow: Path, tmp_path: Path) -> None:
+def test_a_job_is_tuned_once_and_the_next_one_on_the_model_remembers(organism: Path, tmp_path: Path) -> None:
     workspace, again, by_hand = (tmp_path / name for name in ("runs", "again", "by-hand"))
-    arguments = ["run", *job_arguments(shallow), *BRIEF, "--trials", "4"]
+    arguments = ["run", *job_arguments(organism), "--trials", "4"]
     first = abliterate(*arguments, "--workspace", workspace, "--tune", process=True).check()  # its memory is measured
     assert "measuring which batch size is fastest" in first.err
     tuned = [event for event in events(workspace) if event["event"] == "tuned"]
@@ -281,10 +267,9 @@ def test_a_job_is_tuned_once_and_the_next_one_on_the_model_remembers(shallow: Pa
 
 
 @pytest.mark.slow
-def test_a_file_of_layouts_that_is_not_ours_costs_a_warning(shallow: Path, tmp_path: Path) -> None:
+def test_a_file_of_layouts_that_is_not_ours_costs_a_warning(organism: Path, tmp_path: Path) -> None:
     (tmp_path / LAYOUTS).write_text("some notes")
-    arguments = [*job_arguments(shallow), "--workspace", tmp_path, "--trials", "1", *BRIEF]
-    arguments += ["--set", "trials_per_batch=1"]
+    arguments = [*job_arguments(organism), "--workspace", tmp_path, "--trials", "1", "--set", "trials_per_batch=1"]
     told = abliterate("run", *arguments, "--tune").check().err
     assert f"warning: {tmp_path / LAYOUTS} is unreadable or of another program" in told
     assert "rows per forward pass; seconds per trial:" in told
@@ -302,7 +287,7 @@ def test_values_agree_between_layouts(full_organism: Path) -> None:
     """The stated tolerance: in float32 the same refusals, and KL within a thousandth and 1e-6 nats."""
     loaded = load_model(full_organism / "model", loading("float32"), lambda _: None)
     sets = {
-        name: [Prompt(user=line) for line in (full_organism / f"{name}.txt").read_text().splitlines()[:24]]
+        name: [Prompt(user=line) for line in (full_organism / f"{name}.txt").read_text().splitlines()[:50]]
         for name in ("good_train", "bad_train", "good_test", "bad_test")
     }
     residuals = [
