@@ -94,7 +94,7 @@ def test_a_restart_and_pytests_alarm_are_not_the_commands(monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_a_job_comes_to_what_a_process_of_its_own_comes_to(organism: Path, finished: Path, tmp_path: Path) -> None:
-    """After another job, of which nothing may remain; `finished` comes from a cold process."""
+    """Run after another job, which must leave no trace; `finished` comes from a cold process."""
     torch.manual_seed(5)
     random.seed(5)
     for name, given in (("other", ("--trials", 2, "--seed", 5)), ("same", ("--trials", 20))):
