@@ -28,7 +28,7 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
     damage = _repair_study(job)
     prompts, trials = inputs.earlier.prompts, trials_so_far(job.folder)
     warn_of_differences(job)
-    # If only the delivery is left, a bad target fails at upload with its own error.
+    # An export that is complete needs neither a model nor preflight: a bad target then fails at its upload.
     if prompts is None or not is_exported(job, trials, prompts):
         workers = Workers(job, trials)
         with workers.executor:
@@ -58,6 +58,7 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
                     chosen = chosen_trial(job, trials, prompts)
                     tell_choice(job, trials, chosen, prompts)
                     complete_export(job, session, chosen, trials_made(job, trials))
+    # Deterministic: the trial exported above, or by an earlier start of which only the delivery is left.
     chosen = chosen_trial(job, trials, prompts)
     export = job.export_of(chosen)
     link_export(job.folder, export)

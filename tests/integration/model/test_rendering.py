@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from job.data.prompts import Prompt
 from job.errors import ImpossibleJobError
+from job.model import rendering
 from job.model.rendering import (
     Rendering,
     Style,
@@ -64,10 +65,23 @@ def test_a_template_is_dated_as_it_is_told(tokenizer: PreTrainedTokenizerBase) -
     said = [[{"role": "user", "content": "Hello?"}]]
     texts = {rendered(tokenizer, said, Rendering("2026-11-30"))[0] for _ in range(2)}
     assert texts == {"Monday 30 November 2026 12:00:00 <|user|>Hello?<|end|>"}
-    assert date.today().strftime("%A %d %B %Y") in rendered(tokenizer, said)[0]
     assert shows_date(tokenizer)
     tokenizer.chat_template = TURNS
     assert not shows_date(tokenizer)
+
+
+def test_without_a_date_all_prompts_of_a_process_have_that_of_its_first(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%A %d %B %Y') }} " + TURNS
+    said = [[{"role": "user", "content": "Hello?"}]]
+    rendering._today.cache_clear()
+    try:
+        for day in (date(2027, 12, 31), date(2028, 1, 1)):
+            monkeypatch.setattr(rendering, "date", type("Clock", (date,), {"today": lambda day=day: day}))
+            assert rendered(tokenizer, said) == ["Friday 31 December 2027 <|user|>Hello?<|end|>"]
+    finally:
+        rendering._today.cache_clear()
 
 
 def test_a_date_that_is_none_is_refused_in_one_line(tokenizer: PreTrainedTokenizerBase) -> None:
