@@ -217,7 +217,7 @@ def hub(random_model_folder: Path) -> Iterator[LoopbackHub]:
         name: (random_model_folder / name).read_bytes()
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     }
-    with LoopbackHub() as hub:
+    with LoopbackHub(usual=True) as hub:
         hub.add_model("kitchen/coder-32b", {**coder_32b(), **tokenizer})
         hub.add_model("kitchen/gated", {**coder_32b(), **tokenizer}, gated="manual")
         license = b"---\nlicense: llama3.1\n---\n"
