@@ -83,7 +83,11 @@ PARTS = {
         ),
         _MODELS,
     ),
-    "checkpoints": Part((*_EDITING, "tests/integration/export/test_large_checkpoints.py"), packages=_MODELS),
+    "checkpoints": Part(
+        (*_EDITING, "job/preflight/planning.py", "tests/integration/export/test_large_checkpoints.py"),
+        ("tests/system/preflight/test_runner.py", "tests/fakes/readings/*.json"),
+        _MODELS,
+    ),
     "real": Part(
         _EDITING,
         ("job/realmodel/*.py", "job/realmodel/prompts/*.txt", "tests/system/test_real_model.py"),

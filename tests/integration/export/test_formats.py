@@ -6,12 +6,12 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from job.architectures.structure import discover
 from job.edits.hooks import Intervention
@@ -28,12 +28,21 @@ from job.storage.exports import is_sealed
 from tests.helpers import abliterate, events, job_arguments, loading, made_from, only_job, stored_trials
 from tests.integration.edits.test_hooks import EDITS, basis_for, edit_by_layer, path_for
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13, 14]]
 
 
 def edit_of(folder: Path, mode: str, index: int = 0) -> Edit:
     model = AutoModelForCausalLM.from_pretrained(folder)
     return Edit(EDITS[index], basis_for(model), mode)  # type: ignore[arg-type]  # a mode's name
+
+
+def adapted_by_peft(model: PreTrainedModel, folder: Path) -> PeftModel:
+    from peft import PeftModel  # loads for seconds, in every worker if it stood above
+
+    return PeftModel.from_pretrained(model, str(folder))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT triggers it
@@ -49,7 +58,7 @@ def test_an_adapter_is_the_hooked_model_for_plain_peft(
         rows = RowTrials(torch.zeros(2, dtype=torch.long), intervention.activate([edit.parameters]))
         hooked = first_logits(base.model, PROMPTS, rows)
     plain = AutoModelForCausalLM.from_pretrained(random_model_folder)
-    adapted = PeftModel.from_pretrained(plain, str(tmp_path))
+    adapted = adapted_by_peft(plain, tmp_path)
     found = first_logits(adapted.get_base_model().eval(), PROMPTS)
     torch.testing.assert_close(found, hooked, rtol=0, atol=2e-5)
     merged = first_logits(adapted.merge_and_unload().eval(), PROMPTS)
@@ -94,7 +103,7 @@ def test_learned_directions_are_in_the_merged_export_the_adapter_and_the_edit_fi
     if mode in ("none", "pre"):
         write_adapter(base, tmp_path / "adapter", edit, None)
         plain = AutoModelForCausalLM.from_pretrained(random_model_folder)
-        adapted = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+        adapted = adapted_by_peft(plain, tmp_path / "adapter")
         found = first_logits(adapted.get_base_model().eval(), PROMPTS)
         torch.testing.assert_close(found, hooked, rtol=0, atol=2e-5)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from job.model.memory import keep_freed_memory
+from tests.helpers import run_script
 
 # Ten times what a forward does: allocate tensors below the mmap threshold, and free them.
 SCRIPT = """
@@ -36,8 +36,7 @@ print(json.dumps({"faults": faults, "given back": held - resident()}))
 
 
 def measured(how: str) -> dict[str, int]:
-    output = subprocess.check_output([sys.executable, "-c", SCRIPT, how], text=True)
-    found: dict[str, int] = json.loads(output)
+    found: dict[str, int] = json.loads(run_script(SCRIPT, how).check().out)
     return found
 
 

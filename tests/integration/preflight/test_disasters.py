@@ -30,7 +30,7 @@ configs:
 @pytest.fixture(scope="module")
 def hub() -> Iterator[LoopbackHub]:
     row = b'{"text": "Where is the kettle kept?"}\n'
-    with LoopbackHub() as hub:
+    with LoopbackHub(usual=True) as hub:
         hub.add_token(READ_ONLY, "cook", role="read")
         hub.add_dataset("kitchen/c4", {"README.md": C4, "en/0.jsonl": row, "realnewslike/0.jsonl": row})
         yield hub

@@ -37,8 +37,6 @@ import sys, time
 from pathlib import Path
 from job.errors import HeldError
 from job.storage.run_folder import RunFolder
-from job.storage.jobs import open_job
-from job.storage.atomic import write_record
 try:
     with RunFolder(Path(sys.argv[1])).held():
         print("held", flush=True)

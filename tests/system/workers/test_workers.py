@@ -31,6 +31,8 @@ from tests.helpers import (
     wait_until,
 )
 from tests.helpers import worker_processes as local_workers
+from tests.processes import USUAL
+from tests.warm import Warm, server_at
 
 # Six trials per batch, two sharing their forwards; the search depends neither on the number of trials nor on that of
 # workers at the first start.
@@ -179,7 +181,7 @@ def test_a_job_continues_with_another_number_of_workers_as_it_began(
 @pytest.mark.slow
 @pytest.mark.xdist_group("workers")
 def test_a_worker_loads_the_models_code_before_it_has_work_and_leaves_what_is_no_model_to_preflight(
-    organism: Path, tmp_path: Path
+    organism: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     script = (
         "import sys; from pathlib import Path; from job.stages.evaluation import warm_up\n"
@@ -187,9 +189,13 @@ def test_a_worker_loads_the_models_code_before_it_has_work_and_leaves_what_is_no
         "    warm_up(Path(folder))\n"
         "    print('transformers.models.llama.modeling_llama' in sys.modules)"
     )
-    command = [sys.executable, "-c", script, str(tmp_path), str(organism / "model")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["False", "True"], "")
+    server = server_at(environment(), USUAL)  # with torch loaded, but none of transformers' models
+    request.addfinalizer(server.close)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    words, env = [str(tmp_path), str(organism / "model")], environment()
+    process = Warm(server, words, script=script, text=True, env=env, **streams)
+    out, err = process.communicate()
+    assert (process.returncode, out.split(), err) == (0, ["False", "True"], "")
 
 
 def test_what_a_worker_imports_first_loads_no_torch() -> None:
