@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import replace as changed
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from job.mirror.options import SnapshotPace
 from job.mirror.records import HEAD, MOST_HEAD_BYTES, OBJECTS, MirroredFile, oversized_head
-from job.mirror.store import ConflictError, OversizedError, Proof, Stored
+from job.mirror.store import ConflictError, OversizedError, Proof, Stored, changed
 from job.records import ManifestEntry
 from job.transfer.s3.client import S3Client as Bucket
 from job.transfer.s3.failures import RefusedError, TooLargeError
@@ -37,9 +36,9 @@ class S3Store:
         self.pace = pace or SnapshotPace()
         given = options or S3Options()
         timeout = min(given.read_timeout_s, _READ_TIMEOUT_S)
-        self._bucket = Bucket(S3Target.parse(uri), changed(given, read_timeout_s=timeout))
+        self._bucket = Bucket(S3Target.parse(uri), given.model_copy(update={"read_timeout_s": timeout}))
         self._staged: set[str] = set()
-        self._sender = Sender(ResumeFile())  # for retries of this start only
+        self._sender = Sender(ResumeFile(), damaged=changed)  # for retries of this start only
         self._sender.store = self._bucket
 
     def close(self) -> None:
@@ -70,15 +69,11 @@ class S3Store:
     def read(self, job: str) -> Stored | None:
         """Return the head."""
         try:
-            data, answer = self._bucket.read(f"{job}/{HEAD}", MOST_HEAD_BYTES)
+            found = self._bucket.read(f"{job}/{HEAD}", MOST_HEAD_BYTES)
         except TooLargeError as error:
             raise oversized_head(self.uri, job) from error
-        except RefusedError as error:
-            if error.missing:
-                return None
-            raise
         # A head without our checksum is returned too: its reader reports what is wrong.
-        return Stored(data, str(answer["ETag"]), _age(answer))
+        return Stored(found[0], str(found[1]["ETag"]), _age(found[1])) if found else None
 
     def names(self, job: str) -> list[str]:
         """Return all objects except the head."""
@@ -147,13 +142,12 @@ class S3Store:
                 # An empty object has no ranges.
                 ranged = {"Range": f"bytes={start}-{start + _FETCHED - 1}"} if entry.size > _FETCHED else {}
                 try:
-                    file.write(self._bucket.read(name, min(_FETCHED, entry.size - start), **ranged)[0])
+                    found = self._bucket.read(name, min(_FETCHED, entry.size - start), **ranged)
                 except TooLargeError as error:
                     raise OversizedError from error
-                except RefusedError as error:
-                    if error.missing:
-                        raise FileNotFoundError(name) from error
-                    raise
+                if found is None:
+                    raise FileNotFoundError(name)
+                file.write(found[0])
 
 
 def _age(answer: Mapping[str, Any]) -> float | None:

@@ -158,12 +158,9 @@ class _Run:
 
     def _marker(self) -> tuple[bytes | None, Set[str]]:
         """Return the present delivery's manifest and the names in it. Raises DeliveryError if it is not ours."""
-        try:
-            data, answer = self._store.read(MANIFEST)
-        except RefusedError as error:
-            if error.missing:
-                return None, set()
-            raise
+        if (found := self._store.read(MANIFEST)) is None:
+            return None, set()
+        data, answer = found
         try:
             if described(answer).sha256 is not None:
                 return data, Manifest.model_validate_json(data).files.keys()

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from job.errors import DeliveryError
 from job.records import ManifestEntry
 from job.system.threads import in_threads
 from job.transfer.s3.capabilities import S3Capabilities, detect
@@ -30,10 +31,12 @@ class Sender:
     Attributes:
         store: The bucket, set before anything is sent; another one of the same target may replace it.
         known: What an earlier probe has found; None: the server is probed when its capabilities are first needed.
+        damaged: Returns the error for a file that does not have its SHA-256.
     """
 
     records: ResumeFile
     known: S3Capabilities | None = None
+    damaged: Callable[[Path], DeliveryError] = damaged
     store: S3Client = field(init=False)
 
     @cached_property
@@ -74,72 +77,31 @@ class Sender:
         DeliveryError, keeping the record of the upload.
         """
         if source.stat().st_size != entry.size:
-            raise damaged(source)
+            raise self.damaged(source)
         if self.in_parts(entry.size):
-            large = _LargeFile(self.store, self.server.algorithm, self.records, source, name, entry, arrived)
-            return large.deliver(condition), large.sent_bytes
+            return self._send_large(source, name, entry, condition, arrived)
         data = source.read_bytes()
         if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise damaged(source)
+            raise self.damaged(source)
         wanted = self.put(name, data, condition)
         arrived(entry.size)
         return wanted, entry.size
 
-
-@dataclass
-class _LargeFile:
-    """Upload of one file as one object, in parts.
-
-    Attributes:
-        there_bytes: Bytes that arrived, with those of an earlier upload that is continued.
-        sent_bytes: Bytes that arrived, without those.
-    """
-
-    store: S3Client
-    algorithm: Algorithm
-    records: ResumeFile
-    source: Path
-    name: str
-    entry: ManifestEntry
-    arrived: Callable[[int], None]
-    there_bytes: int = 0
-    sent_bytes: int = 0
-
-    def deliver(self, condition: Mapping[str, str]) -> Fingerprint:
-        """Send missing parts, complete the object and return its fingerprint. Raises DeliveryError, keeping state."""
-        begun, present = self._begin_or_continue()
-        parts = self._send_parts(begun, present)
-        wanted = Fingerprint.of(self.entry, begun.algorithm, [part.digest for part in parts], begun.part_bytes)
-        self._complete(begun, parts, wanted, condition)
-        self.records.forget(self.name)
-        return wanted
-
-    def _begin_or_continue(self) -> tuple[UploadState, dict[int, Mapping[str, Any]]]:
-        """Return the upload and its parts: the one to continue or, without a suitable one, a new one."""
-        sha256, size = self.entry.sha256, self.entry.size
-        begun = self.records.state.uploads.get(self.name)
-        if begun is not None:
-            try:
-                if (begun.sha256, begun.size, begun.algorithm) == (sha256, size, self.algorithm):
-                    return begun, self.store.parts(self.name, begun.upload_id)
-                self._abandon(begun)
-            except RefusedError as error:
-                if not error.missing:  # Ceph says NoSuchKey
-                    raise
-        part_bytes = self.store.options.part_bytes(size)
-        upload = self.store.begin(self.name, metadata_of(sha256, part_bytes), self.algorithm)
-        begun = UploadState(upload_id=upload, part_bytes=part_bytes, algorithm=self.algorithm, sha256=sha256, size=size)
-        self.records.begin(self.name, begun)
-        return begun, {}
-
-    def _send_parts(self, begun: UploadState, present: Mapping[int, Mapping[str, Any]]) -> list[Part]:
-        """Read the file once: hash it, and send missing parts. Raises DeliveryError if the file has changed."""
-        parts: dict[int, Part] = {}
-        whole, stop = hashlib.sha256(), threading.Event()
+    def _send_large(
+        self,
+        source: Path,
+        name: str,
+        entry: ManifestEntry,
+        condition: Mapping[str, str],
+        arrived: Callable[[int], None],
+    ) -> tuple[Fingerprint, int]:
+        begun, present = self._begin_or_continue(name, entry)
+        parts, whole, there, sent = dict[int, Part](), hashlib.sha256(), 0, 0
+        stop = threading.Event()
 
         def read() -> Iterator[tuple[int, bytes]]:
-            with self.source.open("rb") as file:
-                for number in range(1, -(-begun.size // begun.part_bytes) + 1):
+            with source.open("rb") as file:
+                for number in range(1, -(-entry.size // begun.part_bytes) + 1):
                     data = file.read(begun.part_bytes)
                     whole.update(data)
                     yield number, data
@@ -148,54 +110,76 @@ class _LargeFile:
         def send(block: tuple[int, bytes]) -> tuple[Part, int, int]:
             """Return a part, its bytes and how many of them were sent now."""
             number, data = block
-            if self._is_there(present.get(number, {}), data, begun):
+            if _is_there(present.get(number, {}), data, begun.algorithm):
                 return Part(number, present[number]["ETag"], digest(begun.algorithm, data)), len(data), 0
-            return (
-                self.store.send(self.name, begun.upload_id, number, data, begun.algorithm, stop),
-                len(data),
-                len(data),
-            )
+            part = self.store.send(name, begun.upload_id, number, data, begun.algorithm, stop)
+            return part, len(data), len(data)
 
         def count(done: tuple[Part, int, int]) -> None:
-            part, size, sent = done
-            parts[part.number] = part
-            self.there_bytes, self.sent_bytes = self.there_bytes + size, self.sent_bytes + sent
-            self.arrived(self.there_bytes)
+            nonlocal there, sent
+            part, size, new = done
+            parts[part.number], there, sent = part, there + size, sent + new
+            arrived(there)
 
-        self.arrived(0)
+        arrived(0)
         in_threads(send, read(), self.store.options.parallel_parts, count, "s3-part", stop)
-        if whole.hexdigest() != begun.sha256:
-            self._abandon(begun)
-            raise damaged(self.source)
-        return [parts[number] for number in sorted(parts)]
+        if whole.hexdigest() != entry.sha256:
+            self._abandon(name, begun)
+            raise self.damaged(source)
+        ordered = [parts[number] for number in sorted(parts)]
+        wanted = Fingerprint.of(entry, begun.algorithm, [part.digest for part in ordered], begun.part_bytes)
+        self._complete(name, begun, ordered, wanted, condition)
+        self.records.forget(name)
+        return wanted, sent
 
-    def _is_there(self, part: Mapping[str, Any], data: bytes, begun: UploadState) -> bool:
-        if part.get("Size") != len(data):
-            return False
-        if begun.algorithm == "sha256" and (theirs := part.get("ChecksumSHA256")):
-            return bool(theirs == b64encode(digest("sha256", data)).decode())
-        return md5_of(part["ETag"]) == digest("md5", data).hex()
+    def _begin_or_continue(self, name: str, entry: ManifestEntry) -> tuple[UploadState, dict[int, Mapping[str, Any]]]:
+        """Return the upload and its parts: the one to continue or, without a suitable one, a new one."""
+        algorithm = self.server.algorithm
+        begun = self.records.state.uploads.get(name)
+        if begun is not None:
+            try:
+                if (begun.sha256, begun.size, begun.algorithm) == (entry.sha256, entry.size, algorithm):
+                    return begun, self.store.parts(name, begun.upload_id)
+                self._abandon(name, begun)
+            except RefusedError as error:
+                if not error.missing:  # Ceph says NoSuchKey
+                    raise
+        part_bytes = self.store.options.part_bytes(entry.size)
+        upload = self.store.begin(name, metadata_of(entry.sha256, part_bytes), algorithm)
+        begun = UploadState(
+            upload_id=upload, part_bytes=part_bytes, algorithm=algorithm, sha256=entry.sha256, size=entry.size
+        )
+        self.records.begin(name, begun)
+        return begun, {}
 
     def _complete(
-        self, begun: UploadState, parts: list[Part], wanted: Fingerprint, condition: Mapping[str, str]
+        self, name: str, begun: UploadState, parts: list[Part], wanted: Fingerprint, condition: Mapping[str, str]
     ) -> None:
         """Complete the object; after a lost response, check it. Raises DeliveryError if someone else has written it."""
         try:
-            self.store.complete(self.name, begun.upload_id, parts, begun.algorithm, condition)
+            self.store.complete(name, begun.upload_id, parts, begun.algorithm, condition)
         except RefusedError as error:
             if not error.conflicting:
                 raise
             # A server that has taken the parts for an earlier try knows no upload any more, and shows no object yet.
             seconds = _COMPLETION_SECONDS if error.missing else 1.0
-            if self.store.difference(self.name, wanted, seconds) is None:
+            if self.store.difference(name, wanted, seconds) is None:
                 return
             if not error.missing:
-                self._abandon(begun)
+                self._abandon(name, begun)
             if error.status == 412:
-                raise conflict(self.store.target, self.name) from error
+                raise conflict(self.store.target, name) from error
             raise
 
-    def _abandon(self, begun: UploadState) -> None:
+    def _abandon(self, name: str, begun: UploadState) -> None:
         """Abort a started upload, whose parts would cost money."""
-        if self.store.abort(self.name, begun.upload_id):
-            self.records.forget(self.name)
+        if self.store.abort(name, begun.upload_id):
+            self.records.forget(name)
+
+
+def _is_there(part: Mapping[str, Any], data: bytes, algorithm: Algorithm) -> bool:
+    if part.get("Size") != len(data):
+        return False
+    if algorithm == "sha256" and (theirs := part.get("ChecksumSHA256")):
+        return bool(theirs == b64encode(digest("sha256", data)).decode())
+    return md5_of(part["ETag"]) == digest("md5", data).hex()

@@ -40,6 +40,7 @@ def test_no_more_items_are_drawn_than_are_under_way() -> None:
         for item in range(50):
             drawn += 1
             most = max(most, drawn - done)
+            threading.Event().wait(0.002)  # long enough for another thread to draw as well
             yield item
 
     def act(item: int) -> int:
