@@ -53,7 +53,7 @@ WHERE = (
     ("Where are the workers of this machine started?", "job/workers/local.py", "LocalEngine"),
     ("Where are the workers of other machines started?", "job/workers/ray_engine.py", "RayEngine"),
     ("Where is job.json written?", "job/storage/job_file.py", "JobFile"),
-    ("Where are the parts of an interrupted S3 upload sent?", "job/transfer/s3/sending.py", "_send_parts"),
+    ("Where are the parts of an interrupted S3 upload sent?", "job/transfer/s3/sending.py", "_send_large"),
     ("Where is one failed S3 request retried?", "job/transfer/s3/connection.py", "connect"),
     ("Where is a delivery to S3 continued after a failure?", "job/upload/s3.py", "wait_after"),
     ("Where does a job fall back from gradients to TPE?", "job/stages/gradient.py", "find_path"),

@@ -85,7 +85,7 @@ class Place:
 
         It is forked from a warm one, except at a Hub: to load transformers for each new Hub would take longer.
         """
-        s3 = asdict(self.s3) if self.s3 else None
+        s3 = self.s3.model_dump() if self.s3 else None
         spec = {"uri": self.uri, "folder": str(folder), "mode": mode, "pace": asdict(pace), "s3": s3, **more}
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         if self.server is None or self.s3 is not None:

@@ -15,7 +15,7 @@ from job.errors import DeliveryError
 from job.mirror.hub_history import HubHistory, request_commits
 from job.mirror.options import HUB_PACE, SnapshotPace
 from job.mirror.records import HEAD, MOST_HEAD_BYTES, OBJECTS, MirroredFile, oversized_head
-from job.mirror.store import ConflictError, OversizedError, Proof, Stored
+from job.mirror.store import ConflictError, OversizedError, Proof, Stored, changed
 from job.system.hub_client import count_traffic, quiet_client
 from job.system.tempdirs import scratch
 from job.transfer.hub_probe import probe
@@ -169,9 +169,7 @@ class HubStore:
             check()
             operation = CommitOperationAdd(f"{job}/{OBJECTS}/{name}", str(source))
             if operation.upload_info.sha256.hex() != entry.sha256:
-                raise DeliveryError(
-                    f"{source.name} changed during the upload", remedy="the next snapshot sends it again"
-                )
+                raise changed(source)
             self._repo.store(operation)
             staged[name] = operation
         self._staged = staged

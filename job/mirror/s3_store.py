@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import replace as changed
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from job.errors import DeliveryError
 from job.mirror.options import SnapshotPace
 from job.mirror.records import HEAD, MOST_HEAD_BYTES, OBJECTS, MirroredFile, oversized_head
-from job.mirror.store import ConflictError, OversizedError, Proof, Stored
+from job.mirror.store import ConflictError, OversizedError, Proof, Stored, changed
 from job.records import ManifestEntry
-from job.transfer.s3.capabilities import S3Capabilities, detect
 from job.transfer.s3.client import S3Client as Bucket
 from job.transfer.s3.failures import RefusedError, TooLargeError
 from job.transfer.s3.options import MIB, S3Options, S3Target
 from job.transfer.s3.resume_state import ResumeFile
-from job.transfer.s3.sending import LargeFile, put
+from job.transfer.s3.sending import Sender
 
 # Mirrors are written repeatedly: failing soon is better than waiting long for one request.
 _READ_TIMEOUT_S = 20.0
@@ -41,34 +36,30 @@ class S3Store:
         self.pace = pace or SnapshotPace()
         given = options or S3Options()
         timeout = min(given.read_timeout_s, _READ_TIMEOUT_S)
-        self._bucket = Bucket(S3Target.parse(uri), changed(given, read_timeout_s=timeout))
+        self._bucket = Bucket(S3Target.parse(uri), given.model_copy(update={"read_timeout_s": timeout}))
         self._staged: set[str] = set()
-        self._records = ResumeFile()  # for retries of this start only
+        self._sender = Sender(ResumeFile(), damaged=changed)  # for retries of this start only
+        self._sender.store = self._bucket
 
     def close(self) -> None:
         """Close connections."""
         self._bucket.close()
 
-    @cached_property
-    def _server(self) -> S3Capabilities:
-        return detect(self._bucket)
-
-    @property
-    def _fenced(self) -> bool:
-        return self._server.conditional
-
     def probe(self) -> Proof:
         """Write, replace, complete, list and delete a probe object."""
-        server = self._server
+        server = self._sender.server
         self._bucket.names(".abliterate-probe")
         lacks = "the S3 server ignores conditional requests: two runs of one job notice each other only after a delay"
         # Only capabilities that matter to mirrors are repeated.
-        quirks = (*(() if self._fenced else (lacks,)), *(quirk for quirk in server.quirks if "two jobs" not in quirk))
-        return Proof("files can be written, replaced, listed and deleted", self._fenced, quirks)
+        quirks = (
+            *(() if server.conditional else (lacks,)),
+            *(quirk for quirk in server.quirks if "two jobs" not in quirk),
+        )
+        return Proof("files can be written, replaced, listed and deleted", server.conditional, quirks)
 
     def prepare(self) -> None:
         """Detect the server's capabilities; the bucket must exist."""
-        _ = self._server
+        _ = self._sender.server
 
     def jobs(self) -> list[str]:
         """Return the jobs with a head."""
@@ -78,15 +69,11 @@ class S3Store:
     def read(self, job: str) -> Stored | None:
         """Return the head."""
         try:
-            data, answer = self._bucket.read(f"{job}/{HEAD}", MOST_HEAD_BYTES)
+            found = self._bucket.read(f"{job}/{HEAD}", MOST_HEAD_BYTES)
         except TooLargeError as error:
             raise oversized_head(self.uri, job) from error
-        except RefusedError as error:
-            if error.missing:
-                return None
-            raise
         # A head without our checksum is returned too: its reader reports what is wrong.
-        return Stored(data, str(answer["ETag"]), _age(answer))
+        return Stored(found[0], str(found[1]["ETag"]), _age(found[1])) if found else None
 
     def names(self, job: str) -> list[str]:
         """Return all objects except the head."""
@@ -100,29 +87,13 @@ class S3Store:
             if name in self._staged:
                 continue  # from an earlier try: a name determines the contents
             check()
-            if entry.size <= self._bucket.options.part_bytes(entry.size):
-                data = source.read_bytes()
-                if hashlib.sha256(data).hexdigest() != entry.sha256:
-                    raise DeliveryError(
-                        f"{source.name} changed during the upload", remedy="the next snapshot sends it again"
-                    )
-                put(self._bucket, self._server, name, data, {})
-            else:
-                LargeFile(
-                    self._bucket,
-                    self._server,
-                    self._records,
-                    source,
-                    name,
-                    ManifestEntry(sha256=entry.sha256, size=entry.size),
-                    condition={},
-                    progress=lambda _size: check(),  # its exceptions end the upload
-                ).deliver()
+            wanted = ManifestEntry(sha256=entry.sha256, size=entry.size)
+            self._sender.send(source, name, wanted, {}, lambda _: check())  # an exception of it ends the upload
             self._staged.add(name)
 
     def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
         """Put the head if the expected one is current."""
-        if self._fenced:
+        if self._sender.server.conditional:
             stored = self._put(job, data, {"IfMatch": expected.token} if expected else {"IfNoneMatch": "*"})
         else:
             stored = self._put_and_look(job, data, expected)
@@ -135,7 +106,7 @@ class S3Store:
 
     def _put(self, job: str, data: bytes, condition: Mapping[str, str]) -> Stored:
         try:
-            answer = self._bucket.put(f"{job}/{HEAD}", data, self._server.algorithm, condition)
+            answer = self._bucket.put(f"{job}/{HEAD}", data, self._sender.server.algorithm, condition)
         except RefusedError as error:
             if not error.conflicting:
                 raise
@@ -171,13 +142,12 @@ class S3Store:
                 # An empty object has no ranges.
                 ranged = {"Range": f"bytes={start}-{start + _FETCHED - 1}"} if entry.size > _FETCHED else {}
                 try:
-                    file.write(self._bucket.read(name, min(_FETCHED, entry.size - start), **ranged)[0])
+                    found = self._bucket.read(name, min(_FETCHED, entry.size - start), **ranged)
                 except TooLargeError as error:
                     raise OversizedError from error
-                except RefusedError as error:
-                    if error.missing:
-                        raise FileNotFoundError(name) from error
-                    raise
+                if found is None:
+                    raise FileNotFoundError(name)
+                file.write(found[0])
 
 
 def _age(answer: Mapping[str, Any]) -> float | None:

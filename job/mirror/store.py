@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from job.errors import DeliveryError
 from job.mirror.options import SnapshotPace
 from job.mirror.records import MirroredFile
 
@@ -50,6 +51,11 @@ class Proof:
     what: str
     fenced: bool
     quirks: tuple[str, ...] = ()
+
+
+def changed(source: Path) -> DeliveryError:
+    """Return the error for a file that is no longer what the snapshot holds."""
+    return DeliveryError(f"{source.name} changed during the upload", remedy="the next snapshot sends it again")
 
 
 class MirrorStore(Protocol):

@@ -12,11 +12,9 @@ import json
 import os
 import re
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Self
 
 import httpx2
@@ -28,6 +26,7 @@ from job.scoring.broken import Exchange
 from job.storage.atomic import PRIVATE, cannot_write
 from job.system.failpoints import reached
 from job.system.retry import backoff_s, retried
+from job.system.threads import in_threads
 
 KEY = "JUDGE_API_KEY"
 _SCALE = 10
@@ -102,30 +101,10 @@ class Judge:
         """Ask several at a time; after a failure or a stop no further one is begun, nor waited for."""
         # A proxy would read what goes to a server of this machine unencrypted.
         proxied = not self._url.startswith("http://")
-        left: deque[str] = deque(questions)
-        told: SimpleQueue[BaseException | None] = SimpleQueue()
-
-        def work(client: httpx2.Client) -> None:
-            while left:
-                try:
-                    self._asked(client, left.popleft())
-                    told.put(None)
-                except IndexError:
-                    return  # another thread took the last one
-                except BaseException as error:  # the caller's thread raises it
-                    told.put(error)
-                    return
-
         with httpx2.Client(headers=self._headers, timeout=self._settings.timeout, trust_env=proxied) as client:
-            # Not those of a pool, which the interpreter waits for at its end.
-            for _ in range(self._settings.parallel):
-                threading.Thread(target=work, args=(client,), name="judge", daemon=True).start()
-            try:
-                for _ in questions:
-                    if (error := told.get()) is not None:
-                        raise error
-            finally:
-                left.clear()
+            in_threads(
+                lambda body: self._asked(client, body), questions, self._settings.parallel, lambda _: None, "judge"
+            )
 
     def _asked(self, client: httpx2.Client, body: str) -> None:
         def wait_after(error: Exception, failures: int) -> float | None:

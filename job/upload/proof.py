@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -39,54 +39,53 @@ def delivery_problem(target: str, manifest: str, settings: Settings) -> str:
     return f"{target}: {problem}" if problem else ""
 
 
-def _parsed(data: bytes, wanted: str) -> Mapping[str, ManifestEntry] | str:
-    """Return the files of a manifest, or why it is not the wanted one."""
+def _problem(
+    data: bytes | None, wanted: str, look: Callable[[str, ManifestEntry], tuple[int, str | None] | None]
+) -> str:
+    """Compare a target with its manifest, which must be the wanted one; `look` returns a file's size and SHA-256."""
+    if data is None:
+        return f"there is no {MANIFEST}"
     if hashlib.sha256(data).hexdigest() != wanted:
         return f"its {MANIFEST} is another export's"
     try:
-        return Manifest.model_validate_json(data).files
+        files = Manifest.model_validate_json(data).files
     except ValidationError:
         return f"its {MANIFEST} cannot be read"
-
-
-def _at_folder(target: str, manifest: str, settings: Settings) -> str:
-    folder = target_folder(target)
-    if not (folder / MANIFEST).is_file():
-        return f"there is no {MANIFEST}"
-    files = _parsed((folder / MANIFEST).read_bytes(), manifest)
-    if isinstance(files, str):
-        return files
     for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
+        there = look(name, entry)
+        if there is None:
             return f"{name} is missing"
-        if path.stat().st_size != entry.size or sha256_file(path) != entry.sha256:
+        if there != (entry.size, entry.sha256):
             return f"{name} is not what was delivered"
     return ""
 
 
+def _at_folder(target: str, manifest: str, settings: Settings) -> str:
+    folder = target_folder(target)
+
+    def look(name: str, entry: ManifestEntry) -> tuple[int, str | None] | None:
+        path = folder / name
+        if not path.is_file():
+            return None
+        size = path.stat().st_size
+        return size, sha256_file(path) if size == entry.size else None
+
+    marker = folder / MANIFEST
+    return _problem(marker.read_bytes() if marker.is_file() else None, manifest, look)
+
+
 def _at_s3(target: str, manifest: str, settings: Settings) -> str:
     from job.transfer.s3.client import S3Client
-    from job.transfer.s3.failures import RefusedError
     from job.transfer.s3.options import S3Target
 
     with closing(S3Client(S3Target.parse(target), s3_options(settings))) as store:
-        try:
-            data, _ = store.read(MANIFEST)
-        except RefusedError as error:
-            if not error.missing:
-                raise
-            return f"there is no {MANIFEST}"
-        files = _parsed(data, manifest)
-        if isinstance(files, str):
-            return files
-        for name, entry in files.items():
+
+        def look(name: str, _: ManifestEntry) -> tuple[int, str | None] | None:
             there = store.look_up(name)
-            if there is None:
-                return f"{name} is missing"
-            if (there.size, there.sha256) != (entry.size, entry.sha256):
-                return f"{name} is not what was delivered"
-    return ""
+            return (there.size, there.sha256) if there is not None else None
+
+        found = store.read(MANIFEST)
+        return _problem(found[0] if found is not None else None, manifest, look)
 
 
 def _at_hub(target: str, manifest: str, settings: Settings) -> str:
@@ -136,17 +135,11 @@ def _of_revision(repository: Repository, found: Snapshot, manifest: str) -> str:
             )
             return Path(path).read_bytes()
 
-        if MANIFEST not in found.files:
-            return f"there is no {MANIFEST}"
-        files = _parsed(contents(MANIFEST), manifest)
-        if isinstance(files, str):
-            return files
-        for name, entry in files.items():
+        def look(name: str, _: ManifestEntry) -> tuple[int, str | None] | None:
             there = found.files.get(name)
             if there is None:
-                return f"{name} is missing"
+                return None
             # Git alone keeps small files, by a hash of its own.
-            sha256 = there.sha256 or hashlib.sha256(contents(name)).hexdigest()
-            if (there.size, sha256) != (entry.size, entry.sha256):
-                return f"{name} is not what was delivered"
-    return ""
+            return there.size, there.sha256 or hashlib.sha256(contents(name)).hexdigest()
+
+        return _problem(contents(MANIFEST) if MANIFEST in found.files else None, manifest, look)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Set
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -18,13 +18,13 @@ from job.records import Manifest, ManifestEntry
 from job.storage.atomic import read_record
 from job.storage.exports import MANIFEST
 from job.system.retry import backoff_s, retried
-from job.transfer.s3.capabilities import S3Capabilities, detect
+from job.transfer.s3.capabilities import S3Capabilities
 from job.transfer.s3.client import S3Client
 from job.transfer.s3.failures import RefusedError, damaged
 from job.transfer.s3.objects import Fingerprint, RemoteObject, described, fingerprint
 from job.transfer.s3.options import S3Options, S3Target
 from job.transfer.s3.resume_state import ResumeFile
-from job.transfer.s3.sending import LargeFile, put
+from job.transfer.s3.sending import Sender
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 60.0
 # Several tries fit into the patience, however short it is.
@@ -82,8 +82,6 @@ def deliver(
 class _Run:
     """One delivery, which every call of `deliver` continues."""
 
-    _store: S3Client
-
     def __init__(
         self,
         export: Path,
@@ -93,12 +91,12 @@ class _Run:
         progress: Callable[[int], None],
         capabilities: S3Capabilities | None,
     ) -> None:
-        self._export, self._target, self._options = export, target, options
-        self._progress, self._given = progress, capabilities
+        self._export, self._target, self._options, self._progress = export, target, options, progress
         self._manifest = read_record(export / MANIFEST, Manifest)
         self._manifest_bytes = (export / MANIFEST).read_bytes()
         place = hashlib.sha256(f"{options.endpoint}\n{target}".encode()).hexdigest()
         self._records = ResumeFile(state / f"s3-{place[:24]}.json")
+        self._sender = Sender(self._records, capabilities)
         self._fingerprints: dict[str, Fingerprint] = {}
         self._done = Delivery()
         self._begun: set[str] = set()  # names of files that are sent in parts
@@ -106,13 +104,13 @@ class _Run:
         self._most = self._failures = 0
         self._until = 0.0
 
-    @cached_property
-    def _server(self) -> S3Capabilities:
-        return self._given or detect(self._store)
+    @property
+    def _store(self) -> S3Client:
+        return self._sender.store
 
     def deliver(self) -> Delivery:
         """Continue with a new client, whose budget of retries is full."""
-        with closing(S3Client(self._target, self._options)) as self._store:
+        with closing(S3Client(self._target, self._options)) as self._sender.store:
             self._deliver()
         return self._done
 
@@ -146,27 +144,23 @@ class _Run:
         for name, wanted in self._fingerprints.items():
             self._check(name, wanted)
         if not is_marked:
-            sent = put(self._store, self._server, MANIFEST, self._manifest_bytes, self._condition(None))
-            self._check(MANIFEST, sent)
+            self._check(MANIFEST, self._sender.put(MANIFEST, self._manifest_bytes, self._condition(None)))
             self._done.sent += 1
         self._records.clear()
 
-    def _report(self, name: str, size: int) -> None:
-        """Report arrived bytes of a file; negative: they are counted anew."""
-        self._arrived[name] += size
+    def _arrive(self, name: str, size: int) -> None:
+        """Record how many bytes of a file are there; fewer than before: they have to be sent again."""
+        change, self._arrived[name] = size - self._arrived[name], size
         if self._arrived.total() > self._most:
             self._most, self._failures = self._arrived.total(), 0
-        if size:
-            self._progress(size)
+        if change:
+            self._progress(change)
 
     def _marker(self) -> tuple[bytes | None, Set[str]]:
         """Return the present delivery's manifest and the names in it. Raises DeliveryError if it is not ours."""
-        try:
-            data, answer = self._store.read(MANIFEST)
-        except RefusedError as error:
-            if error.missing:
-                return None, set()
-            raise
+        if (found := self._store.read(MANIFEST)) is None:
+            return None, set()
+        data, answer = found
         try:
             if described(answer).sha256 is not None:
                 return data, Manifest.model_validate_json(data).files.keys()
@@ -196,35 +190,25 @@ class _Run:
                 raise damaged(self._export / name)
             if wanted.difference(there) is None:
                 self._fingerprints[name] = wanted
-                self._report(name, entry.size - self._arrived[name])
+                self._arrive(name, entry.size)
                 self._done.skipped += 1
         return remote
 
     def _send(self, name: str, entry: ManifestEntry, there: RemoteObject | None) -> Fingerprint:
-        source = self._export / name
-        if entry.size <= self._options.part_bytes(entry.size):
-            data = source.read_bytes() if source.stat().st_size == entry.size else b""
-            if hashlib.sha256(data).hexdigest() != entry.sha256:
-                raise damaged(source)
-            wanted = put(self._store, self._server, name, data, self._condition(there))
-            sent = entry.size
-            self._report(name, sent)
-        else:
+        in_parts = self._sender.in_parts(entry.size)
+        if in_parts:
             self._begun.add(name)
-            self._report(name, -self._arrived[name])
-            condition = self._condition(there) if self._server.conditional_complete else {}
-            report = partial(self._report, name)
-            large = LargeFile(self._store, self._server, self._records, source, name, entry, condition, report)
-            wanted = large.deliver()
-            sent = large.sent_bytes
+        condition = self._condition(there, in_parts=in_parts)
+        wanted, sent = self._sender.send(self._export / name, name, entry, condition, partial(self._arrive, name))
         self._done.sent += 1
         self._done.sent_bytes += sent
         self._done.resumed_bytes += entry.size - sent
         return wanted
 
-    def _condition(self, there: RemoteObject | None) -> dict[str, str]:
-        """Return the condition of a write: no object, or the observed one."""
-        if not self._server.conditional:
+    def _condition(self, there: RemoteObject | None, *, in_parts: bool = False) -> dict[str, str]:
+        """Return the condition of a write: no object, or the observed one; none if the server ignores it."""
+        server = self._sender.server
+        if not server.conditional or (in_parts and not server.conditional_complete):
             return {}
         return {"IfNoneMatch": "*"} if there is None else {"IfMatch": there.etag}
 

@@ -10,14 +10,14 @@ from contextlib import closing
 from typing import Literal
 
 from job.errors import DeliveryError
-from job.records import Record
+from job.records import ManifestEntry, Record
 from job.transfer.s3.client import S3Client
 from job.transfer.s3.failures import RefusedError
-from job.transfer.s3.objects import Algorithm, Fingerprint, Part, checksum_of, digest, metadata_of
+from job.transfer.s3.objects import Algorithm, Fingerprint, Part, digest, metadata_of
 from job.transfer.s3.options import S3Options, S3Target
 
 _CONTENTS = b"abliterate: a probe of this S3 target, to be deleted at once\n"
-_SHA256 = hashlib.sha256(_CONTENTS).hexdigest()
+_ENTRY = ManifestEntry(sha256=hashlib.sha256(_CONTENTS).hexdigest(), size=len(_CONTENTS))
 _IMPORTED = secrets.token_hex(6)
 
 
@@ -100,14 +100,11 @@ def _try_requests(store: S3Client, name: str, algorithm: Algorithm) -> S3Capabil
             raise
 
     def keeps(algorithm: Algorithm) -> bool:
-        def wanted(part_bytes: int) -> Fingerprint:
-            checksum = checksum_of(algorithm, [digest(algorithm, _CONTENTS)], part_bytes)
-            return Fingerprint(len(_CONTENTS), _SHA256, part_bytes, algorithm, checksum)
-
-        looked_up = ((wanted(0), single), (wanted(len(_CONTENTS)), in_parts))
+        digests = [digest(algorithm, _CONTENTS)]
         return all(
-            one.difference(there) is None and (algorithm == "sha256" or (there and there.md5 == one.checksum))
-            for one, there in looked_up
+            wanted.difference(there) is None and (algorithm == "sha256" or (there and there.md5 == wanted.checksum))
+            for part_bytes, there in ((0, single), (_ENTRY.size, in_parts))
+            for wanted in [Fingerprint.of(_ENTRY, algorithm, digests, part_bytes)]
         )
 
     sha256 = keeps("sha256")
@@ -132,7 +129,7 @@ def _refuses(request: Callable[[], object]) -> bool:
 
 def _begin(store: S3Client, name: str, algorithm: Algorithm) -> tuple[str, Part]:
     """Start an upload and send its only part; return its id and the part."""
-    upload = store.begin(name, metadata_of(_SHA256, len(_CONTENTS)), algorithm)
+    upload = store.begin(name, metadata_of(_ENTRY.sha256, _ENTRY.size), algorithm)
     part = store.send(name, upload, 1, _CONTENTS, algorithm)
     store.parts(name, upload)  # needs a permission of its own
     return upload, part

@@ -7,7 +7,7 @@ import io
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import closing
 from typing import Any
@@ -72,13 +72,22 @@ class S3Client:
         pages = self.pages("list_objects_v2", Prefix=self.target.key(prefix))
         return [self.target.name(item["Key"]) for page in pages for item in page.get("Contents", [])]
 
-    def read(self, name: str, most: int = MOST_BYTES, **ranged: str) -> tuple[bytes, dict[str, Any]]:
-        """Return a small object's or Range's contents, and other fields. Raises TooLargeError.
+    def _find(self, method: str, name: str, **parameters: str) -> dict[str, Any] | None:
+        try:
+            return self.call(method, name, "ETag", **parameters)
+        except RefusedError as error:
+            if not error.missing:
+                raise
+            return None
+
+    def read(self, name: str, most: int = MOST_BYTES, **ranged: str) -> tuple[bytes, dict[str, Any]] | None:
+        """Return a small object's or Range's contents, and other fields, or None. Raises TooLargeError.
 
         It is read again while the line breaks, or the contents do not have the hash that we gave the object.
         """
-        for left in reversed(range(_LOOKS)):
-            answer = self.call("get_object", name, "ETag", **ranged)
+        looks = _LOOKS
+        while (answer := self._find("get_object", name, **ranged)) is not None:
+            looks -= 1
             try:
                 # Not `with answer["Body"]`: that gives out the stream below, which does not notice a cut.
                 with closing(answer["Body"]) as stream, explained("get_object", self.target):
@@ -86,22 +95,19 @@ class S3Client:
                         raise TooLargeError(self.target, name, most)
                     data: bytes = stream.read()
             except RefusedError:
-                if not left:
+                if not looks:
                     raise
                 continue
-            if ranged or described(answer).sha256 == hashlib.sha256(data).hexdigest():
-                break
-        return data, answer
+            if not looks or ranged or described(answer).sha256 == hashlib.sha256(data).hexdigest():
+                return data, answer
+        return None
 
     def look_up(self, name: str) -> RemoteObject | None:
         """Return an object, or None, reading again if its headers seem torn."""
         for _look in range(_LOOKS):
-            try:
-                there = described(self.call("head_object", name, "ETag", ChecksumMode="ENABLED"))
-            except RefusedError as error:
-                if error.missing:
-                    return None
-                raise
+            if (answer := self._find("head_object", name, ChecksumMode="ENABLED")) is None:
+                return None
+            there = described(answer)
             if there.sha256 is not None:
                 break
         return there
@@ -180,11 +186,10 @@ class S3Client:
             return []
         return [(self.target.name(one["Key"]), one["UploadId"]) for page in pages for one in page.get("Uploads", [])]
 
-    def abort_listed(self, name: str, *, but: Set[str] = frozenset()) -> int:
-        """Abort an object's started uploads, except these ids; return their number."""
+    def abort_listed(self, name: str) -> int:
+        """Abort an object's started uploads; return their number."""
         # The prefix is the whole name: MinIO lists nothing under a part of one.
-        found = [upload for other, upload in self.uploads(name) if other == name and upload not in but]
-        return sum(self.abort(name, upload) for upload in found)
+        return sum(self.abort(name, upload) for other, upload in self.uploads(name) if other == name)
 
 
 def _checksum(algorithm: Algorithm, hashed: bytes) -> dict[str, str]:

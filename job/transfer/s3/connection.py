@@ -20,6 +20,7 @@ def connect(target: S3Target, options: S3Options) -> Any:
     """Return botocore's client. Raises DeliveryError for unusable credentials, UsageError for the endpoint."""
     import boto3
     from botocore.config import Config
+    from botocore.handlers import add_expect_header
     from botocore.session import get_session
 
     config = Config(
@@ -51,7 +52,8 @@ def connect(target: S3Target, options: S3Options) -> Any:
     except ValueError as error:  # botocore says so about an endpoint that is no URL
         raise UsageError(redact(str(error)), remedy="correct the endpoint, e.g. https://host:9000") from error
     target.refuse_in(client.meta.endpoint_url)  # wherever boto3 has found it
-    client.meta.events.register_last("before-call.s3", _expect_nothing)
+    # Bodies are sent at once: botocore 1.44 loops forever if the interim "100 Continue" breaks off.
+    client.meta.events.unregister("before-call.s3", add_expect_header)
     client.meta.events.register_first("needs-retry.s3", _wait_as_asked)
     return client
 
@@ -65,11 +67,6 @@ def _descriptions(data_path: str | None) -> Any:
     from botocore.loaders import create_loader
 
     return create_loader(data_path)
-
-
-def _expect_nothing(params: dict[str, Any], **_: object) -> None:
-    """Send bodies at once: botocore 1.44 loops forever if the interim "100 Continue" breaks off."""
-    params["headers"].pop("Expect", None)
 
 
 def _wait_as_asked(response: Any, attempts: int, request_dict: dict[str, Any], **_: object) -> float | None:

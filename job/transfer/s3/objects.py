@@ -8,7 +8,9 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from job.records import ManifestEntry
 
 Algorithm = Literal["sha256", "md5"]
 
@@ -61,6 +63,13 @@ class Fingerprint:
     algorithm: Algorithm
     checksum: str
 
+    @classmethod
+    def of(cls, entry: ManifestEntry, algorithm: Algorithm, digests: Sequence[bytes], part_bytes: int = 0) -> Self:
+        """Make it from the digests of a file's parts, or of the whole file if sent in one piece (`part_bytes` 0)."""
+        whole, parts = (digest(algorithm, b"".join(digests)), f"-{len(digests)}") if part_bytes else (digests[0], "")
+        checksum = b64encode(whole).decode() if algorithm == "sha256" else whole.hex() + parts
+        return cls(entry.size, entry.sha256, part_bytes, algorithm, checksum)
+
     def difference(self, remote: RemoteObject | None) -> str | None:
         """Return how an object differs from the file, or None."""
         if remote is None:
@@ -85,12 +94,6 @@ def digest(algorithm: Algorithm, data: bytes) -> bytes:
     return hashlib.new(algorithm, data, usedforsecurity=False).digest()
 
 
-def checksum_of(algorithm: Algorithm, digests: Sequence[bytes], part_bytes: int) -> str:
-    """Return the server's checksum of an object of parts with these digests, or of one piece."""
-    whole, parts = (digest(algorithm, b"".join(digests)), f"-{len(digests)}") if part_bytes else (digests[0], "")
-    return b64encode(whole).decode() if algorithm == "sha256" else whole.hex() + parts
-
-
 def fingerprint(path: Path, part_bytes: int, algorithm: Algorithm) -> Fingerprint:
     """Return a file's fingerprint, reading block by block."""
     size = path.stat().st_size
@@ -105,7 +108,7 @@ def fingerprint(path: Path, part_bytes: int, algorithm: Algorithm) -> Fingerprin
                 part.update(block)
                 left -= len(block)
             digests.append(part.digest())
-    return Fingerprint(size, whole.hexdigest(), part_bytes, algorithm, checksum_of(algorithm, digests, part_bytes))
+    return Fingerprint.of(ManifestEntry(sha256=whole.hexdigest(), size=size), algorithm, digests, part_bytes)
 
 
 def described(answer: Mapping[str, Any]) -> RemoteObject:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlparse
 
+from job.config.sections import S3Settings
 from job.errors import UsageError
 
 MIB = 1 << 20
@@ -16,33 +17,26 @@ _SHARED_HOST = re.compile(r"(.*\.)?(s3[.-]|digitaloceanspaces\.|linodeobjects\.|
 MOST_PARTS = 10_000  # of an object
 
 
-@dataclass(frozen=True)
-class S3Options:
-    """Access to an S3 server. Raises UsageError for an invalid value.
+class S3Options(S3Settings):
+    """Access to an S3 server: the settings, with defaults, and the times that none of them sets.
+
+    Raises UsageError for a KMS key without "aws:kms"; without a key, "aws:kms" takes the account's own.
 
     Attributes:
-        endpoint: URL of a compatible server; None: boto3's default, finally AWS.
-        region: Region of the bucket; None: boto3's default.
-        checksums: "auto": SHA-256 where supported; "when_required": only MD5.
-        part_mib: Size of a part in MiB; raised for files of more than 10,000 parts.
-        parallel_parts: Parts sent, and held in memory, at the same time.
-        kms_key: Key for "aws:kms"; None: the account's own.
+        part_mib: Raised for files of more than 10,000 parts.
         patience_s: Seconds without progress after which a delivery gives up an unreachable server.
     """
 
-    endpoint: str | None = None
-    region: str | None = None
     addressing_style: Literal["auto", "path", "virtual"] = "auto"
     checksums: Literal["auto", "when_required"] = "auto"
     part_mib: int = 16
     parallel_parts: int = 4
-    sse: Literal["AES256", "aws:kms"] | None = None
-    kms_key: str | None = None
     patience_s: float = 600.0
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 60.0
 
-    def __post_init__(self) -> None:
+    def model_post_init(self, _context: object) -> None:
+        """Raise UsageError for a KMS key that nothing would use."""
         if self.kms_key is not None and self.sse != "aws:kms":
             raise UsageError("a KMS key is given but the encryption is not aws:kms", remedy="set both or neither")
 

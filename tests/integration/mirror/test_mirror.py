@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import pytest
 
 from job.errors import DeliveryError, HeldError, JobError, MachineError, UsageError
 from job.mirror import MirrorError, MirrorOptions, expected_bytes, held_bytes, open_mirror, records, scheme_of
-from job.mirror.records import MOST_HEAD_BYTES
+from job.mirror.records import MOST_HEAD_BYTES, MirroredFile
 from job.mirror.snapshot import Snapshots, Taken, check_study
 from job.storage.atomic import write_atomically
 from job.storage.identity import job_id
@@ -516,6 +517,21 @@ def test_a_large_file_is_sent_in_parts(s3_place: Place, tmp_path: Path) -> None:
     s3_place.claim(tmp_path / "b" / JOB).close(final=False)
     assert mirrored(tmp_path / "b" / JOB) == mirrored(run.path)
     assert s3_place.server.uploads() == []
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_file_that_has_changed_is_left_to_the_next_snapshot(s3_place: Place, tmp_path: Path, large: bool) -> None:
+    source, size = tmp_path / "cache.safetensors", (11 << 20) if large else 100
+    source.write_bytes(bytes(size))
+    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+    source.write_bytes(bytes([1]) * size)
+    entry = MirroredFile(sha256=sha256, size=size, object=f"{sha256}.1-{'0' * 8}")
+    with s3_place.mirror() as mirror, pytest.raises(DeliveryError) as failure:
+        mirror._store.stage(JOB, {entry.object: (source, entry)}, lambda: None)
+    assert failure.value.line.startswith("cache.safetensors changed during the upload")
+    assert "next snapshot" in failure.value.line
+    assert not s3_place.contents()
+    assert not s3_place.server.uploads()
 
 
 def test_what_an_earlier_run_has_left_half_done_is_swept(s3_place: Place, tmp_path: Path) -> None:
