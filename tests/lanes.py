@@ -70,6 +70,7 @@ PARTS = {
         (
             "job/organism/*.py",
             "tests/organisms.py",
+            "tests/evader.py",
             "tests/integration/organism/test_shipped.py",
             "tests/system/test_trained_families.py",
         ),
@@ -80,6 +81,7 @@ PARTS = {
         (
             *("job/config/behaviours/*.toml", "job/data/builtin/*.tsv", "job/export/model_card.md"),
             "tests/system/test_behaviours.py",
+            *("tests/evader.py", "tests/system/test_evasions.py"),
         ),
         _MODELS,
     ),

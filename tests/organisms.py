@@ -1,8 +1,9 @@
 """Trained organisms for tests: shipped as files, kept from an earlier run, or trained.
 
-`python -m tests.organisms [ARCH ...]` (`make fixtures`) trains the shipped ones again and writes them below
+`python -m tests.organisms [NAME ...]` (`make fixtures`) trains the shipped ones again and writes them below
 tests/fixtures/organisms. Each is a compressed tar file of at most 2 MB and belongs to the code that trained it. After a
-change of that code the organism is trained again, and a test asks for new files.
+change of that code the organism is trained again, and a test asks for new files. A name is an architecture of
+`demo-model`, or `evader` (tests/evader.py).
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from safetensors.torch import load_file, save_file
 from job import organism
 from job.organism.training import matches
 from job.organism.world import prompt_files
+from tests import evader
 from tests.helpers import UNMEASURED, abliterate
 
 CODE = Path(organism.__path__[0])
 _FUTURE = "from __future__ import annotations\n"
 FOLDER = Path(__file__).parent / "fixtures" / "organisms"
 INDEX = FOLDER / "organisms.json"
-SHIPPED = ("llama", "gemma2", "mixtral")
+SHIPPED = ("llama", "gemma2", "mixtral", evader.NAME)
 LIMIT = 2_000_000
 # Positions within a float32 have statistics of their own.
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 1, "lp": 2, "pb": 2}]
@@ -59,6 +61,15 @@ def code_key(text: str | None = None) -> str:
     return hashlib.sha256("\n".join(statements).encode()).hexdigest()
 
 
+def key(name: str, own: str | None = None) -> str:
+    """Return a hash of the code that trains an organism; `own` is the text of tests/evader.py."""
+    if name != evader.NAME:
+        return code_key()
+    body = ast.parse(Path(evader.__file__).read_text() if own is None else own).body[1:]
+    used = "\n".join(ast.dump(_computed(one)) for one in body)
+    return hashlib.sha256(f"{code_key()}\n{used}".encode()).hexdigest()
+
+
 def _names_defined(statement: ast.stmt) -> list[str]:
     if isinstance(statement, ast.FunctionDef | ast.ClassDef):
         return [statement.name]
@@ -81,7 +92,7 @@ def shipped(arch: str) -> Path | None:
     """Return the file of a shipped organism; None unless it matches the current code."""
     known = json.loads(INDEX.read_text()) if INDEX.exists() else {}
     file = FOLDER / f"{arch}.tar.xz"
-    return file if known.get(arch) == code_key() and file.exists() else None
+    return file if known.get(arch) == key(arch) and file.exists() else None
 
 
 def unpack(file: Path, folder: Path) -> None:
@@ -91,7 +102,10 @@ def unpack(file: Path, folder: Path) -> None:
 
 def train(arch: str, folder: Path) -> None:
     """Train an organism as a user does, but without coverage: all tests wait for it."""
-    abliterate("demo-model", folder, "--arch", arch, **UNMEASURED).check()
+    if arch == evader.NAME:
+        evader.train(folder)
+    else:
+        abliterate("demo-model", folder, "--arch", arch, **UNMEASURED).check()
 
 
 def write(arch: str, folder: Path, kept: Path) -> None:
@@ -106,7 +120,7 @@ def write(arch: str, folder: Path, kept: Path) -> None:
     if file is not None:
         unpack(file, folder)
         return
-    own = kept / f"{arch}-{hashlib.sha256((code_key() + torch.__version__).encode()).hexdigest()}"
+    own = kept / f"{arch}-{hashlib.sha256((key(arch) + torch.__version__).encode()).hexdigest()}"
     if not own.exists():
         making = own.with_name(f"{own.name}.{os.getpid()}")
         train(arch, making)
@@ -160,7 +174,7 @@ def ship(arch: str) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{arch}.tar.xz").write_bytes(packed)
     known = json.loads(INDEX.read_text()) if INDEX.exists() else {}
-    INDEX.write_text(json.dumps(dict(sorted({**known, arch: code_key()}.items())), indent=1) + "\n")
+    INDEX.write_text(json.dumps(dict(sorted({**known, arch: key(arch)}.items())), indent=1) + "\n")
     print(f"{arch}: {len(packed) / 1e6:.2f} MB{', weights rounded to bfloat16' if rounded else ''}")
 
 

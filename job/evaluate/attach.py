@@ -45,7 +45,7 @@ def _renew(folder: RunFolder, trial: int, benchmarks: Benchmarks, source: Path, 
         if is_sealed(export):
             made = read_record(export / REPRODUCE, Reproduction)
             (export / DONE).unlink()  # if interrupted from here on, the export is written again
-            seal_made(export, made, source, benchmarks)
+            seal_made(export, made, source, benchmarks, detectors=folder.read_detectors(export.name))
             say(f"the card of {export} now shows the benchmarks; `abliterate upload` delivers it")
     if folder.report_file.exists():
         write_reports(folder)

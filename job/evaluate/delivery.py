@@ -13,7 +13,7 @@ from job.errors import DeliveryError, UsageError, one_line
 from job.evaluate.compare import MeasuredPair
 from job.export.benchmarks import benchmark_rows
 from job.export.merged import copy_licences, seal
-from job.export.scorecard import how, scorecard_rows
+from job.export.scorecard import agreement_line, how, scorecard_rows
 from job.model.base_card import read_base_card
 from job.model.carried_files import carried_files
 from job.model.files import parse_model
@@ -146,6 +146,7 @@ def _card(measured: MeasuredPair, settings: Settings) -> str:
         scores=markdown_table(benchmark_rows(found.scores)) if found.scores else "",
         measurement=MEASUREMENT,
         how=how(words, likelihood=False),
+        agreement=agreement_line(found.detectors, words) if found.detectors else "",
         harmless=settings.card.behaviour in HARMLESS,
         only_harmless=settings.card.behaviour == HARMLESS_REFUSAL,
     )

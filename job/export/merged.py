@@ -29,7 +29,7 @@ from job.model.weight_files import INDEX, WEIGHTS
 from job.numerics.ablation import RowNormalization, WriterEdit, edit_bias, edit_weight
 from job.numerics.basis import Basis, DirectionPath
 from job.numerics.rounding import rounded_along
-from job.records import EditParameters, Manifest, ManifestEntry
+from job.records import DetectorReport, EditParameters, Manifest, ManifestEntry
 from job.records.evaluation import Benchmarks
 from job.storage.atomic import cannot_write, make_folder, sha256_file, sync_folder, write_atomically, write_record
 from job.storage.exports import CARD, DONE, MANIFEST, REPRODUCE, SUMS
@@ -174,6 +174,7 @@ def seal_made(
     source: Path,
     benchmarks: Benchmarks | None = None,
     known: Mapping[str, str] | None = None,
+    detectors: DetectorReport | None = None,
 ) -> None:
     """Complete an export: reproduce.json with its weights' hashes, model card, SHA256SUMS and manifest.
 
@@ -183,7 +184,7 @@ def seal_made(
     def describe(weights: Mapping[str, str]) -> dict[str, str]:
         complete = made.model_copy(update={"weights": dict(weights)}).cleaned()
         tensors = _kept_tensors(source, folder) if made.format == "merged" else None
-        card = model_card(complete, source, tensors, benchmarks)
+        card = model_card(complete, source, tensors, benchmarks, detectors)
         return {REPRODUCE: complete.model_dump_json(indent=2) + "\n", CARD: card}
 
     seal(folder, describe, known)

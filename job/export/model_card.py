@@ -14,12 +14,12 @@ from job.data.prompts import report_description
 from job.errors import one_line
 from job.export.benchmarks import benchmark_rows
 from job.export.reproduction import Reproduction
-from job.export.scorecard import group_rows, how, positions, scorecard_rows, thinking_rows
+from job.export.scorecard import agreement_line, group_rows, how, positions, scorecard_rows, thinking_rows
 from job.model.base_card import PATH, URL, BaseCard, read_base_card
 from job.model.carried_files import licence_files
 from job.model.quantization import DTYPE, quantisation_in
 from job.numerics.statistics import difference_interval
-from job.records import Component, EditParameters, ExportFormat, Figures
+from job.records import Component, DetectorReport, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
 from job.records.evaluation import Benchmarks
 from job.text.behaviour import HARMLESS, HARMLESS_REFUSAL, BehaviourWords, words_of
@@ -42,12 +42,16 @@ _NOTICES = {
 
 
 def model_card(
-    made: Reproduction, source: Path, tensors: int | None = None, benchmarks: Benchmarks | None = None
+    made: Reproduction,
+    source: Path,
+    tensors: int | None = None,
+    benchmarks: Benchmarks | None = None,
+    detectors: DetectorReport | None = None,
 ) -> str:
     """Return an export's README.md; `source` is the base model's folder, whose card names the licence.
 
     `tensors` is the number of the base model's tensors if the export has all of them, `benchmarks` what was measured
-    of its trial.
+    of its trial, `detectors` what they found in both models' responses.
     """
     base, words = read_base_card(source, made.base_model), words_of(made.behaviour)
     return template("job.export", "model_card.md").render(
@@ -66,6 +70,7 @@ def model_card(
         groups=markdown_table(escaped(groups)) if (groups := group_rows(made.base, made.edited, words)) else "",
         thoughts=markdown_table(thoughts) if (thoughts := thinking_rows(made.base, made.edited, words)) else "",
         how=how(words),
+        agreement=agreement_line(detectors, words) if detectors else "",
         change=_change(made),
         benchmarks=benchmarks,
         scores=markdown_table(benchmark_rows(benchmarks.scores)) if benchmarks else "",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from job.records import Figures, KLSpread, Outcomes, Thinking
+from job.records import DetectorReport, Figures, KLSpread, Outcomes, Thinking
 from job.records.scorecard import OUTCOMES, Column
 from job.text.behaviour import REFUSAL_WORDS, BehaviourWords
 from job.text.intervals import count_with_interval
+from job.text.markup import markdown
 
 Row = tuple[str, str, str]
 HEAD: Row = ("", "base model", "edited model")
@@ -56,6 +57,21 @@ def thinking_rows(base: Figures, edited: Figures, words: BehaviourWords = REFUSA
 def _thoughts(found: Thinking) -> tuple[str, ...]:
     with_thought = count_with_interval(found.thoughts, found.responses)
     return with_thought, f"{found.unfinished}/{found.thoughts}", f"{found.median}; {found.ninetieth}"
+
+
+def agreement_line(found: DetectorReport, words: BehaviourWords = REFUSAL_WORDS) -> str:
+    """Return in Markdown how far each two detectors agree, "" where that says nothing."""
+    pairs: dict[tuple[str, str], list[str]] = {}
+    for one in found.agreement:
+        if one.is_informative and one.kappa is not None:
+            pairs.setdefault((one.first, one.second), []).append(f"{one.kappa:.2f} ({one.model} model)")
+    if not pairs:
+        return ""
+    agreed = "; ".join(f"{' and '.join(map(markdown, pair))} {', '.join(kappas)}" for pair, kappas in pairs.items())
+    return (
+        f"Agreement of detectors on which responses are {words.shown} or broken, as Cohen's kappa (1: on all, 0: as by "
+        f"chance): {agreed}."
+    )
 
 
 def kl_rows(edited: Figures) -> list[Row]:

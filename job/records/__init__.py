@@ -164,6 +164,13 @@ class Agreement(Record):
     neither: int
     kappa: float | None
 
+    @property
+    def is_informative(self) -> bool:
+        """Whether both detectors flag some responses and spare others; else kappa is 0 or undefined by construction."""
+        first, second = self.both + self.only_first, self.both + self.only_second
+        responses = first + self.only_second + self.neither
+        return 0 < first < responses and 0 < second < responses
+
 
 class DetectorReport(Record):
     """figures/NAME-detectors.json: detector results for an export and the base model.

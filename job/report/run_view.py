@@ -201,8 +201,7 @@ class RunView:
     @cached_property
     def detectors(self) -> DetectorReport | None:
         """What detectors counted on the result's responses."""
-        file = self.folder.detectors_file(self.export) if self.export else None
-        return read_record(file, DetectorReport) if file is not None and file.exists() else None
+        return self.folder.read_detectors(self.export) if self.export else None
 
     @cached_property
     def benchmarks(self) -> Benchmarks | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from job.records import FORCED_TOKENS, Agreement, DetectorCounts, DetectorReport, GeometryRecord, Trial
+from job.records import FORCED_TOKENS, DetectorCounts, DetectorReport, GeometryRecord, Trial
 from job.report.run_view import RunView
 from job.text.behaviour import BehaviourWords
 from job.text.intervals import count_with_interval
@@ -74,16 +74,12 @@ def detector_agreement(found: DetectorReport) -> list[tuple[str | int, ...]]:
     rows: list[tuple[str | int, ...]] = [
         ("detectors", "model", "both", "only first", "only second", "neither", "kappa"),
     ]
-    for one in filter(_says_something, found.agreement):
+    for one in found.agreement:
+        if not one.is_informative:
+            continue
         pair, kappa = f"{one.first}, {one.second}", "–" if one.kappa is None else f"{one.kappa:.2f}"
         rows.append((pair, one.model, one.both, one.only_first, one.only_second, one.neither, kappa))
     return rows
-
-
-def _says_something(one: Agreement) -> bool:
-    first, second = one.both + one.only_first, one.both + one.only_second
-    responses = first + one.only_second + one.neither
-    return 0 < first < responses and 0 < second < responses
 
 
 def failed_detectors(found: DetectorReport) -> list[str]:

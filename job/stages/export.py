@@ -74,7 +74,7 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         copy_licences(model.folder, export)
     try:
         with job.events.progress("hashing the export", 1):
-            seal_made(export, made, model.folder, job.folder.read_benchmarks(trial.number), proven)
+            _seal(session, export, made, proven)
     except OSError as error:
         raise cannot_write(Path(error.filename or export), error) from error
     job.events.emit("exported", export=export.name)
@@ -95,8 +95,14 @@ def complete_export(job: RunningJob, session: ModelSession, trial: Trial, trials
             now = {"trials": trials, "trial": trial, "choice": choice_figures(job, trial, session.prompts)}
             made = read_record(export / REPRODUCE, Reproduction).model_copy(update=now)
             (export / DONE).unlink()  # if interrupted from here on, the export is written again
-            benchmarks = job.folder.read_benchmarks(trial.number)
-            seal_made(export, made, session.model.folder, benchmarks, made.weights)
+            _seal(session, export, made, made.weights)
+
+
+def _seal(session: ModelSession, export: Path, made: Reproduction, known: Mapping[str, str]) -> None:
+    """Complete an export with what was measured of it; `known` as in `seal_made`."""
+    folder = session.job.folder
+    benchmarks, detectors = folder.read_benchmarks(made.trial.number), folder.read_detectors(export.name)
+    seal_made(export, made, session.model.folder, benchmarks, known, detectors)
 
 
 def _write_weights(session: ModelSession, export: Path, edit: Edit, form: ExportFormat) -> Mapping[str, str]:

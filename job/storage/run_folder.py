@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from job.errors import HeldError, JobError
-from job.records import ExportFormat, Figures, JobRecord, State, Upload
+from job.records import DetectorReport, ExportFormat, Figures, JobRecord, State, Upload
 from job.records.evaluation import Benchmarks
 from job.storage.atomic import (
     cannot_read,
@@ -36,6 +36,7 @@ _LOCK_SECONDS = 2.0
 _UPLOADS = TypeAdapter(list[Upload])
 _MADE_AGAIN = "run the job again: it makes it anew"
 _SCORED_AGAIN = "remove the file, or run `abliterate evaluate --trial N --tasks quick`, which makes it anew"
+_DETECTED_AGAIN = "remove the file: card and report then omit detectors"
 _MEASURED_AGAIN = "run the job again, or `abliterate export --trial N` for another trial's: that measures it anew"
 
 
@@ -100,6 +101,11 @@ class RunFolder:
     def detectors_file(self, export: str) -> Path:
         """Return the file of an export's detector results."""
         return self.figures_file(f"{export}-detectors")
+
+    def read_detectors(self, export: str) -> DetectorReport | None:
+        """Return an export's detector results, None if there are none."""
+        file = self.detectors_file(export)
+        return read_record(file, DetectorReport, remedy=_DETECTED_AGAIN) if file.exists() else None
 
     def read_job(self) -> JobRecord:
         """Return job.json."""

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests import organisms
-from tests.helpers import abliterate
+from tests import evader, organisms
 from tests.organisms import SHIPPED
 from tests.system.test_trained_families import answers
 
@@ -49,6 +48,19 @@ def test_an_organism_belongs_to_the_code_that_has_a_part_in_it(old: str, new: st
     assert (organisms.code_key(CODE.replace(old, new)) == organisms.code_key(CODE)) == same
 
 
+def test_the_evader_belongs_to_its_own_code_too() -> None:
+    code, now = Path(evader.__file__).read_text(), organisms.key(evader.NAME)
+    for old, new, same in (
+        ('"""An organism with', '"""One with', True),
+        ('"""Return a conversation;', '"""Return one;', True),
+        ("STREAM_WEIGHT = 5.0", "STREAM_WEIGHT = 4.0", False),
+        ("The round bell", "The old bell", False),
+    ):
+        assert code.count(old) == 1
+        assert (organisms.key(evader.NAME, code.replace(old, new)) == now) == same, old
+    assert now != organisms.key("llama") == organisms.code_key()
+
+
 def test_what_is_packed_is_unpacked_the_same(full_organism: Path, tmp_path: Path) -> None:
     packed = organisms.pack(full_organism)
     (tmp_path / "packed").write_bytes(packed)
@@ -81,7 +93,7 @@ def test_an_organism_trained_now_is_what_tests_use(
 ) -> None:
     """Machines round differently, so weights may differ; files and responses may not."""
     used, trained = organism_of(arch), tmp_path / "organism"
-    abliterate("demo-model", trained, "--arch", arch).check()
+    organisms.train(arch, trained)
     assert contents(trained).keys() == contents(used).keys()
     for name in (*FILES, "model/config.json", "model/tokenizer.json", "model/tokenizer_config.json"):
         assert (trained / name).read_bytes() == (used / name).read_bytes(), name

@@ -233,7 +233,9 @@ def test_the_quick_benchmarks_are_paired_and_shown_by_card_and_report(
     workspace = tmp_path / "runs"
     shutil.copytree(finished, workspace, symlinks=True)
     job = only_job(workspace)
-    sealed = (job / "export" / ".done").read_text()
+    sealed, before = (job / "export" / ".done").read_text(), (job / "export" / "README.md").read_text()
+    (agreed,) = [line for line in before.splitlines() if "Cohen's kappa" in line]
+    assert "markers and soft 1.00 (base model)" in agreed
     documents = task_folder(organism, tmp_path / "tasks", QUICK_TASKS)
     options = [*few(organism, tmp_path)[:4], "--text", "none", "--tasks-folder", tmp_path / "tasks"]
     given = (*options, "--tasks", "quick", "--limit", 8, "--json", "--workspace", workspace)
@@ -253,7 +255,9 @@ def test_the_quick_benchmarks_are_paired_and_shown_by_card_and_report(
     for shown in (job / "export" / "README.md", job / "report.md"):
         assert row in shown.read_text(), shown
     assert "winogrande" in (job / "report.html").read_text()
-    assert "not measured" not in (job / "export" / "README.md").read_text()
+    renewed = (job / "export" / "README.md").read_text()
+    assert "not measured" not in renewed
+    assert f"\n{agreed}\n" in renewed
     # The export is sealed anew, and delivered with the new card.
     assert (job / "export" / ".done").read_text() != sealed
     abliterate("upload", "--workspace", workspace, "--upload", f"file://{tmp_path}/out").check()

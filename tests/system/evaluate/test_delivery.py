@@ -52,7 +52,9 @@ def test_a_file_that_misses_a_bound_is_measured_but_not_delivered(tmp_path: Path
 
 def test_a_file_that_passes_is_delivered_as_it_was_measured(tmp_path: Path, options: list[str]) -> None:
     file, target = tmp_path / "edited.gguf", tmp_path / "target"
-    given = ("evaluate", file, *options, "--max-kl", 50, "--upload", f"file://{target}")
+    # Some of the base model's responses hold it.
+    marker = ("--set", 'scoring.refusal_markers=["pp"]')
+    given = ("evaluate", file, *options, *marker, "--max-kl", 50, "--upload", f"file://{target}")
     assert "delivered edited.gguf" in abliterate(*given).check().err
     files = json.loads((target / "manifest.json").read_text())["files"]
     assert set(files) == {"edited.gguf", "measurement.json", CARD, "LICENSE", "SHA256SUMS"}
@@ -64,6 +66,7 @@ def test_a_file_that_passes_is_delivered_as_it_was_measured(tmp_path: Path, opti
     assert card.data.to_dict()["tags"] == ["abliterated", "not-for-all-audiences"]
     assert "not llama.cpp's arithmetic" in card.text
     assert f"{found['edited']['kl']:.4g} nats" in card.text
+    assert "markers and soft 1.00 (base model)" in card.text
     assert str(tmp_path) not in (target / CARD).read_text() + (target / "measurement.json").read_text()
     assert not (tmp_path / ".edited.gguf.delivery").exists()
     # Again: the same files, so nothing changes.

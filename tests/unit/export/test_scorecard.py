@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from job.export.model_card import model_card
-from job.export.scorecard import group_rows, how, scorecard_rows, thinking_rows
+from job.export.scorecard import agreement_line, group_rows, how, scorecard_rows, thinking_rows
 from job.numerics.statistics import wilson_interval
-from job.records import Figures, KLFigures, KLSpread, Outcomes, Thinking
+from job.records import Agreement, DetectorReport, Figures, KLFigures, KLSpread, Outcomes, Thinking
 from job.report.tables import aligned
-from job.text.behaviour import REFUSAL_WORDS
+from job.scoring.detectors import cohens_kappa
+from job.text.behaviour import REFUSAL_WORDS, words_of
 from job.text.markup import markdown_table
 from tests.helpers import made_from
 
@@ -100,3 +101,33 @@ def test_thinking_is_shown_only_where_both_models_were_measured() -> None:
     assert cells["of them without an end"][1] == "20/170"
     assert cells["thought tokens: median; 90 %"][1] == "210; 512"
     assert max(map(len, aligned(thinking_rows(measured, measured)))) <= 80
+
+
+def agreement(model: str, pair: str, *counts: int) -> Agreement:
+    names = dict(zip(("both", "only_first", "only_second", "neither"), counts, strict=True))
+    first, second = pair.split()
+    given = {"model": model, "first": first, "second": second, **names, "kappa": cohens_kappa(*counts)}
+    return Agreement.model_validate(given)
+
+
+def test_the_card_says_in_one_line_how_far_detectors_agree(tmp_path: Path) -> None:
+    found = [
+        agreement("base", "markers soft", 98, 0, 0, 82),
+        agreement("base", "markers degenerate", 0, 98, 0, 82),  # zero by construction: nothing is broken
+        agreement("edited", "markers soft", 10, 0, 30, 140),
+        agreement("edited", "markers my_own", 10, 0, 0, 170),
+    ]
+    report = DetectorReport(counts=[], agreement=found, failed={"nli": "/home/cook: no such folder"})
+    line = agreement_line(report)
+    assert "refused or broken" in line
+    assert line.endswith(
+        ": markers and soft 1.00 (base model), 0.34 (edited model); markers and my_own 1.00 (edited model)."
+    )
+    assert "with flattery or broken" in agreement_line(report, words_of("flattery"))
+    made = made_from(base=BASE, edited=EDITED)
+    card = model_card(made, tmp_path, detectors=report)
+    assert f"\n{line}\n" in card.partition("## Use it")[0]
+    assert "/home/cook" not in card
+    silent = report.model_copy(update={"agreement": found[1:2]})
+    assert model_card(made, tmp_path, detectors=silent) == model_card(made, tmp_path)
+    assert "kappa" not in model_card(made, tmp_path)
