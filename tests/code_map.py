@@ -65,6 +65,7 @@ WHERE = (
     ("Where is a run folder read for status, front and reports?", "job/report/run_view.py", "RunView"),
     ("Where is the scorecard section of a report written?", "job/report/markdown.py", "_scorecard"),
     ("Where is the model card written?", "job/export/model_card.py", "model_card"),
+    ("Where is the picture on the model card drawn?", "job/export/picture.py", "card_picture"),
     ("Where is it decided whether a rented machine may be ended?", "job/cloud/end_policy.py", "ending"),
     ("Where does a machine end its own rental?", "job/cloud/self_stop.py", "end"),
     ("Where is a rented machine destroyed from outside?", "job/cloud/destroying.py", "Destroyer"),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from job.report.picture import write_picture
+from job.storage.exports import PICTURE
 from job.storage.run_folder import RunFolder
 from tests.browser import DESKTOP, PHONE, View, browser
 from tests.helpers import only_job
@@ -25,7 +26,8 @@ SHOTS = (
 
 def main(workspace: Path) -> None:
     run_folder = only_job(workspace)
-    shutil.copy(run_folder / "export" / "README.md", CARD)
+    for name, file in (("README.md", CARD), (PICTURE, CARD.with_name(PICTURE))):
+        shutil.copy(run_folder / "export" / name, file)
     write_picture(RunFolder(run_folder), DOCS / "pictures" / "result.png")
     with browser() as chromium:
         for name, size, dark, section in SHOTS:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from job.cloud.launching import Launcher
     from job.cloud.provider import Market
 
-app = typer.Typer(help="Rent a machine for a job.", no_args_is_help=True)
+_EPILOG = "`abliterate cloud PLATFORM COMMAND -h` lists a command's options and examples."
+app = typer.Typer(help="Rent a machine for a job.", no_args_is_help=True, epilog=_EPILOG)
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The instance or pod, or the label of a launch.")]
 
@@ -358,7 +359,7 @@ def _instance_id(platform: Platform, name: str) -> str:
 
 _PLATFORMS: tuple[tuple[Platform, str], ...] = (("vast", "Vast.ai."), ("runpod", "RunPod."))
 for _platform, _help in _PLATFORMS:
-    _commands = typer.Typer(help=_help, no_args_is_help=True)
+    _commands = typer.Typer(help=_help, no_args_is_help=True, epilog=_EPILOG)
     for _command in (offers, launch, watch, fetch, destroy):
         _commands.command(epilog=examples(f"cloud {_command.__name__}", _platform))(bound(_platform, _command))
     app.add_typer(_commands, name=_platform)

@@ -71,15 +71,20 @@ def status(
 @app.command(epilog=examples("front"))
 def front(workspace: Workspace = None, job: Job = None, as_json: AsJson = False) -> None:
     """List the Pareto front of a job's trials, fewest refusals first, with intervals and exports."""
+    import shutil
+
     from job.report.front import front_lines, front_text, job_front
+    from job.report.tables import folded
 
     folder = find_job(workspace, job)
     found, words = job_front(folder), words_in(folder.read_job().settings)
     if as_json or not found:
         typer.echo(redacted_json(found, indent=2) if as_json else front_text(found, words))
         return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for point, line in zip(found, front_lines(found, words), strict=True):
-        typer.echo(emphasised(line) if point["chosen"] else line)
+        text = "\n".join(folded(line, width)) if width else line
+        typer.echo(emphasised(text) if point["chosen"] else text)
 
 
 @app.command(epilog=examples("report"))

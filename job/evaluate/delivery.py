@@ -20,7 +20,7 @@ from job.model.files import parse_model
 from job.model.weight_files import checkpoint_files
 from job.storage.atomic import cannot_write, make_folder
 from job.storage.events import Events
-from job.storage.exports import CARD, DONE, MANIFEST, REPRODUCE, SUMS
+from job.storage.exports import CARD, DONE, MANIFEST, PICTURE, REPRODUCE, SUMS
 from job.text.behaviour import HARMLESS, HARMLESS_REFUSAL, words_of
 from job.text.markup import markdown_table
 from job.text.redaction import redacted
@@ -87,7 +87,14 @@ def _files_of_model(folder: Path, settings: Settings) -> list[Path]:
     """Return what loading the model needs: other files of the folder may be private."""
     others = carried_files(folder, code=settings.loading.trust_remote_code)
     quantiser = [file for name in _QUANTISERS if (file := folder / name).is_file()]
-    return list(dict.fromkeys([*others, *quantiser, *checkpoint_files(folder)]))
+    return list(dict.fromkeys([*others, *quantiser, *_picture(folder), *checkpoint_files(folder)]))
+
+
+def _picture(folder: Path) -> list[Path]:
+    """Return the picture that the folder's own card shows, if it does."""
+    card, picture = folder / CARD, folder / PICTURE
+    shown = card.is_file() and f"]({PICTURE})" in card.read_text(encoding="utf-8", errors="replace")
+    return [picture] if shown and picture.is_file() else []
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -109,8 +116,8 @@ def _fill(folder: Path, files: Sequence[Path]) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _described(measured: MeasuredPair, settings: Settings) -> Mapping[str, str]:
-    """Return the texts of a delivery by file name; they name nothing local or private."""
+def _described(measured: MeasuredPair, settings: Settings) -> Mapping[str, bytes]:
+    """Return the written files of a delivery by file name; they name nothing local or private."""
     given, base = measured.comparison, measured.base
     is_local = parse_model(given.against).kind == "folder"
     named: dict[str, Any] = {
@@ -123,7 +130,8 @@ def _described(measured: MeasuredPair, settings: Settings) -> Mapping[str, str]:
         failed = dict.fromkeys(given.detectors.failed, "could not be used")
         named["detectors"] = given.detectors.model_copy(update={"failed": failed})
     found = given.model_copy(update=named)
-    return {MEASUREMENT: found.model_dump_json(indent=2) + "\n", CARD: _card(measured, settings)}
+    texts = {MEASUREMENT: found.model_dump_json(indent=2) + "\n", CARD: _card(measured, settings)}
+    return {name: text.encode() for name, text in texts.items()}
 
 
 def _card(measured: MeasuredPair, settings: Settings) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 from job.architectures.spec import Architecture, Writer
 from job.edits.compile import PreparedWriter, compile_edit
 from job.errors import ImpossibleJobError
-from job.export.model_card import model_card
+from job.export.model_card import model_card, title
+from job.export.picture import card_picture
 from job.export.reproduction import Reproduction
 from job.export.shards import WrittenShards
 from job.model.carried_files import carried_files, licence_files
@@ -32,7 +33,7 @@ from job.numerics.rounding import rounded_along
 from job.records import DetectorReport, EditParameters, Manifest, ManifestEntry
 from job.records.evaluation import Benchmarks
 from job.storage.atomic import cannot_write, make_folder, sha256_file, sync_folder, write_atomically, write_record
-from job.storage.exports import CARD, DONE, MANIFEST, REPRODUCE, SUMS
+from job.storage.exports import CARD, DONE, MANIFEST, PICTURE, REPRODUCE, SUMS
 
 CONFIG = "config.json"
 
@@ -176,16 +177,18 @@ def seal_made(
     known: Mapping[str, str] | None = None,
     detectors: DetectorReport | None = None,
 ) -> None:
-    """Complete an export: reproduce.json with its weights' hashes, model card, SHA256SUMS and manifest.
+    """Complete an export: reproduce.json with its weights' hashes, model card, picture, SHA256SUMS and manifest.
 
     `known` gives the SHA-256 of files that were proven, by name; the others are read.
     """
 
-    def describe(weights: Mapping[str, str]) -> dict[str, str]:
+    def describe(weights: Mapping[str, str]) -> dict[str, bytes]:
         complete = made.model_copy(update={"weights": dict(weights)}).cleaned()
         tensors = _kept_tensors(source, folder) if made.format == "merged" else None
         card = model_card(complete, source, tensors, benchmarks, detectors)
-        return {REPRODUCE: complete.model_dump_json(indent=2) + "\n", CARD: card}
+        texts = {REPRODUCE: complete.model_dump_json(indent=2) + "\n", CARD: card}
+        picture = card_picture(complete, title(complete))
+        return {name: text.encode() for name, text in texts.items()} | {PICTURE: picture}
 
     seal(folder, describe, known)
 
@@ -198,7 +201,7 @@ def _kept_tensors(source: Path, folder: Path) -> int | None:
 
 def seal(
     folder: Path,
-    describe: Callable[[Mapping[str, str]], Mapping[str, str]],
+    describe: Callable[[Mapping[str, str]], Mapping[str, bytes]],
     known: Mapping[str, str] | None = None,
 ) -> None:
     """Complete an export: files from `describe` (given the weights' SHA-256), hashes, and last the manifest."""
@@ -206,8 +209,8 @@ def seal(
         (folder / name).unlink(missing_ok=True)
     entries = dict(build_manifest(folder, known).files)
     weights = {name: entry.sha256 for name, entry in entries.items() if name.endswith(WEIGHTS)}
-    for name, text in describe(weights).items():
-        write_atomically(folder / name, text.encode())
+    for name, content in describe(weights).items():
+        write_atomically(folder / name, content)
         entries[name] = _file_entry(folder / name)
     sums = "".join(f"{entries[name].sha256}  {name}\n" for name in sorted(entries))
     write_atomically(folder / SUMS, sums.encode())

@@ -22,6 +22,7 @@ from job.numerics.statistics import difference_interval
 from job.records import Component, DetectorReport, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
 from job.records.evaluation import Benchmarks
+from job.storage.exports import PICTURE
 from job.text.behaviour import HARMLESS, HARMLESS_REFUSAL, BehaviourWords, words_of
 from job.text.divergence import kl_with_bound
 from job.text.markup import escaped, markdown, markdown_table
@@ -54,6 +55,7 @@ def model_card(
     of its trial, `detectors` what they found in both models' responses.
     """
     base, words = read_base_card(source, made.base_model), words_of(made.behaviour)
+    result = _result(made.base, made.edited, words)
     return template("job.export", "model_card.md").render(
         made=made,
         words=words,
@@ -61,11 +63,13 @@ def model_card(
         only_harmless=made.behaviour == HARMLESS_REFUSAL,
         tensors=tensors,
         metadata=_metadata(made, redacted(base.metadata)),
-        title=_title(made),
+        title=title(made),
+        picture=PICTURE,
+        alternative=markdown(result),
         hub=_HUB,
         link=_link,
         report_prompts=report_description(made.reused_prompts, made.edited.good_prompts + made.edited.bad_prompts),
-        result=_result(made.base, made.edited, words),
+        result=result,
         figures=markdown_table(scorecard_rows(made.base, made.edited, words)),
         groups=markdown_table(escaped(groups)) if (groups := group_rows(made.base, made.edited, words)) else "",
         thoughts=markdown_table(thoughts) if (thoughts := thinking_rows(made.base, made.edited, words)) else "",
@@ -82,7 +86,8 @@ def model_card(
     )
 
 
-def _title(made: Reproduction) -> str:
+def title(made: Reproduction) -> str:
+    """Return what a card calls the model."""
     if made.base_model is None:
         return "Model with a behaviour removed"
     return f"{one_line(made.base_model.split('/')[-1])}-abliterated"
@@ -155,7 +160,7 @@ def _metadata(made: Reproduction, inherited: Mapping[str, Any]) -> str:
         base_model_relation=relation if made.base_model else None,
         datasets=sorted(datasets) or None,
         tags=["abliterated", *(["not-for-all-audiences"] if made.behaviour not in HARMLESS else [])],
-        model_name=_title(made),
+        model_name=title(made),
         eval_results=_eval_results(made),
     )
     return data.to_yaml().strip()

@@ -9,7 +9,7 @@ from job.export.scorecard import group_rows, how, scorecard_rows, thinking_rows
 from job.records import DetectorReport, GeometryRecord, State
 from job.records.evaluation import Benchmarks
 from job.report.run_view import RunResult, RunView
-from job.report.sections import headline, moved_most
+from job.report.sections import headline, moved_most, title
 from job.report.tables import (
     AGREED,
     FINALISTS,
@@ -46,7 +46,7 @@ def write_reports(folder: RunFolder, state: State | None = None, *, include_resp
     text = (
         run_report(story, story.result)
         if story.result
-        else f"# Report of job {folder.path.name}\n\n{markdown(headline(story))}\n"
+        else f"# {markdown(title(story))}\n\n{markdown(headline(story))}\n"
     )
     text = redact(text)
     write_atomically(folder.report_file, text.encode())
@@ -70,9 +70,9 @@ def run_report(view: RunView, result: RunResult) -> str:
         "Preflight": _preflight(view),
         "Provenance": _provenance(view, result),
     }
-    model = f"Model: {markdown(view.record.settings['model'])}, loaded in {dtype}"
-    blocks = [f"# Report of job {view.record.job_id}", model]
-    blocks += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    model = f"Job {view.record.job_id}. Model: {markdown(view.record.settings['model'])}, loaded in {dtype}"
+    blocks = [f"# {markdown(title(view))}", model]
+    blocks += [f"## {name}\n\n{text}" for name, text in sections.items()]
     return _blocks(*blocks) + "\n"
 
 

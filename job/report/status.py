@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +10,7 @@ from job.errors import printable
 from job.records import State
 from job.report.front import choice_text, others_text, shown_choice, shown_others
 from job.report.run_view import RunView
-from job.report.tables import aligned
+from job.report.tables import aligned, folded
 from job.storage.run_folder import RunFolder
 from job.text.behaviour import BehaviourWords, words_of
 from job.text.durations import duration_text
@@ -169,7 +168,7 @@ def status_text(status: dict[str, Any], width: int | None = None) -> str:
         lines.append("last events:")
         lines += [f"  {_clock(event['time'])}  {event['message']}" for event in status["events"]]
     lines = [printable(line) for line in lines]  # others may be able to write to a checkpoint
-    return "\n".join(lines if width is None else (part for line in lines for part in _folded(line, width)))
+    return "\n".join(lines if width is None else (part for line in lines for part in folded(line, width)))
 
 
 def _path_lines(path: dict[str, Any] | None, words: BehaviourWords) -> list[str]:
@@ -222,8 +221,3 @@ def _front_lines(status: dict[str, Any]) -> list[str]:
 
 def _clock(seconds: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(seconds))
-
-
-def _folded(line: str, width: int) -> list[str]:
-    indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.wrap(line, max(width, 20), subsequent_indent=indent, break_on_hyphens=False) or [line]

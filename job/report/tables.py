@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from job.records import FORCED_TOKENS, DetectorCounts, DetectorReport, GeometryRecord, Trial
@@ -54,6 +55,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a line per row, with all columns but the last padded to one width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     return [" ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+
+
+def folded(line: str, width: int) -> list[str]:
+    """Return a line as lines of at most `width` columns, continued with more indentation."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, max(width, 20), subsequent_indent=indent, break_on_hyphens=False) or [line]
 
 
 def detector_counts(found: DetectorReport, words: BehaviourWords) -> list[tuple[str, ...]]:

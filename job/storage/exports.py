@@ -10,6 +10,7 @@ from job.system.failpoints import reached
 
 # Files of an export beside the model's own; the mark is written last and holds the manifest's hash.
 CARD, REPRODUCE, SUMS, MANIFEST, DONE = "README.md", "reproduce.json", "SHA256SUMS", "manifest.json", ".done"
+PICTURE = "result.png"  # on the card
 
 
 def is_sealed(export: Path) -> bool:

@@ -126,7 +126,9 @@ def find_job(workspace: Path, name: str | None) -> RunFolder:
             remedy=f"choose from: {names}" if names else "check --workspace",
         )
     if not folders:
-        raise UsageError(f"there is no job in {workspace}", remedy="check --workspace")
+        raise UsageError(
+            f"there is no job in {workspace}", remedy="check --workspace, or start a job with `abliterate run`"
+        )
     if len(folders) > 1:
         raise UsageError(f"{workspace} holds several jobs: {names}", remedy="name one with --job")
     return folders[0]

@@ -13,6 +13,7 @@ from job.system.periodic import every
 from job.text.durations import duration_text, rate_text
 
 _SECONDS = 30.0
+_BAR, _GAPS, _SHORTEST = 12, 2, 12
 Print = Callable[[str], None]
 Advance = Callable[[int], None]
 
@@ -44,7 +45,7 @@ def live_line(stream: TextIO, work: Steps) -> Iterator[tuple[Advance, Print]]:
     one_line = Column(no_wrap=True, overflow="ellipsis")
     columns = (
         TextColumn("{task.description}", markup=False, table_column=one_line),
-        BarColumn(12),
+        BarColumn(_BAR),
         TextColumn("{task.fields[told]}", markup=False, table_column=one_line),
     )
     # It vanishes at its end: totals may be upper bounds, and events say what came of it.
@@ -54,7 +55,9 @@ def live_line(stream: TextIO, work: Steps) -> Iterator[tuple[Advance, Print]]:
         clock = _Clock(work)
 
         def tell() -> None:
-            bars.update(task, completed=clock.done, told=clock.told())
+            told = clock.told()
+            label = shortened(work.label, bars.console.width - _BAR - _GAPS - len(told))
+            bars.update(task, description=label, completed=clock.done, told=told)
 
         def advance(steps: int) -> None:
             clock.done += steps
@@ -64,6 +67,12 @@ def live_line(stream: TextIO, work: Steps) -> Iterator[tuple[Advance, Print]]:
         with every(1.0, tell, "progress"):
             # Lines printed while the bar is live have to go through its console.
             yield advance, partial(bars.console.print, markup=False, highlight=False)
+
+
+def shortened(label: str, width: int) -> str:
+    """Return a label cut to `width` columns, and no shorter than is readable: figures matter more."""
+    width = max(width, _SHORTEST)
+    return label if len(label) <= width else f"{label[: width - 1].rstrip()}…"
 
 
 @contextmanager

@@ -11,7 +11,6 @@ WHOLE_TOOL, LAUNCHER = "abliteration-job", "abliteration-launcher"
 # The extra of each module, by distribution.
 EXTRAS = {
     WHOLE_TOOL: {
-        "PIL": "picture",
         "bitsandbytes": "bnb",
         "compressed_tensors": "fp8",
         "gguf": "gguf",
@@ -29,9 +28,6 @@ EXTRAS = {
     },
 }
 
-# Packages whose name is not that of their module.
-_PACKAGES = {"PIL": "pillow"}
-
 
 class MissingPackageError(UsageError):
     """A feature was requested whose package is not installed."""
@@ -40,7 +36,7 @@ class MissingPackageError(UsageError):
 def require_extra(module: str, feature: str, *, otherwise: str = "") -> None:
     """Raise MissingPackageError with the pip command, then `otherwise`, unless an optional module is installed."""
     if importlib.util.find_spec(module) is None:
-        package = _PACKAGES.get(module, module.replace("_", "-"))
+        package = module.replace("_", "-")
         raise _missing(f"{feature} needs {package}, which is not installed", EXTRAS[WHOLE_TOOL][module], otherwise)
 
 

@@ -53,4 +53,6 @@ def rate_text(steps: float, seconds: float) -> str:
     if seconds >= steps:
         return f"{duration_text(seconds / steps)} each"
     rate = steps / max(seconds, 1e-9)
-    return f"{rate / 1e6:.3g} million a second" if rate >= 1e6 else f"{rate:.3g} a second"
+    if rate >= 1e6:
+        return f"{rate / 1e6:.3g} million a second"
+    return f"{rate:.0f} a second" if rate >= 999.5 else f"{rate:.3g} a second"

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Imported only for features that a user requests.
-EXTRAS = ("bnb", "gguf", "ray", "lm-eval", "real", "picture")
+EXTRAS = ("bnb", "gguf", "ray", "lm-eval", "real")
 # Used without an import of ours: transformers loads models with accelerate, and 4-bit ones with bitsandbytes.
 BY_OTHERS = {"accelerate", "bitsandbytes"}
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
 
-from job.export.model_card import model_card
+from job.export.model_card import model_card, title
+from job.export.picture import card_picture
+from job.export.reproduction import Reproduction
 from job.model.base_card import read_base_card
 from job.numerics.statistics import difference_interval, mean_interval, wilson_interval
 from job.records import Outcomes
@@ -221,3 +225,38 @@ def test_the_card_of_over_refusal_does_not_say_that_safety_refusals_were_removed
     card = model_card(made_from(behaviour=HARMLESS_REFUSAL), base(tmp_path))
     assert "Refusals of harmless requests were deliberately removed" in card
     assert "Safety refusals" not in card
+
+
+def test_the_picture_is_a_function_of_reproduce_json(tmp_path: Path) -> None:
+    made = made_from()
+    drawn = card_picture(made, title(made))
+    assert drawn == card_picture(Reproduction.model_validate_json(made.model_dump_json()), title(made))
+    with Image.open(io.BytesIO(drawn)) as picture:
+        assert (picture.format, picture.size) == ("PNG", (1200, 630))
+        colours = {f"#{red:02x}{green:02x}{blue:02x}" for _, (red, green, blue) in picture.getcolors(2**20)}
+    assert {"#bc4c00", "#9aa4af"} <= colours  # refused and others: these figures are of a former version
+    assert len(drawn) < 100_000
+    card = model_card(made, base(tmp_path))
+    alternative = re.search(r"\n!\[(.*)\]\(result\.png\)\n", card)
+    assert alternative is not None
+    assert alternative[1].startswith("The base model refuses 98 of 100 prompts")
+    assert card.index("[!WARNING]") < card.index("(result.png)") < card.index("## Scorecard")
+
+
+def test_the_picture_shows_every_outcome_and_changes_with_each(tmp_path: Path) -> None:
+    counts = {"answered": 90, "evaded": 4, "refused": 3, "broken": 3}
+    pictures = set()
+    for changed in (None, *counts):
+        now = {**counts, **({changed: 50} if changed else {})}
+        outcomes = tuple(Outcomes(prompts=kind, empty=0, **now) for kind in ("bad", "good"))
+        made = made_from()
+        made = made.model_copy(update={"edited": made.edited.model_copy(update={"outcomes": outcomes})})
+        pictures.add(card_picture(made, title(made)))
+    assert len(pictures) == 1 + len(counts)
+
+
+def test_the_picture_hides_secrets_and_needs_no_latin_text() -> None:
+    secret = "hf_" + "Ab1" * 12
+    with_secret, redacted = (made_from(behaviour=f"refusal {text}") for text in (secret, "***"))
+    assert card_picture(with_secret, secret) == card_picture(redacted, "***")
+    assert card_picture(made_from(behaviour="拒绝 " * 40), "名" * 90).startswith(b"\x89PNG")

@@ -101,7 +101,7 @@ def test_an_export_carries_what_a_model_needs_and_nothing_else(model: Path, tmp_
     for name in (*NEEDLESS, *NEEDED):
         put(model, name)
     found = exported(model, tmp_path / "out")
-    made = {"README.md", "reproduce.json", "SHA256SUMS", "manifest.json", ".done"}
+    made = {"README.md", "reproduce.json", "result.png", "SHA256SUMS", "manifest.json", ".done"}
     assert found == before | {*NEEDED} | made
     assert read_record(tmp_path / "out" / MANIFEST, Manifest).files.keys() == found - {"manifest.json", ".done"}
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

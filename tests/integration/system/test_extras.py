@@ -30,7 +30,7 @@ def declared(file: str) -> dict[str, list[str]]:
 def test_every_named_extra_brings_its_module(file: str, name: str) -> None:
     requirements = declared(file)
     for module, extra in extras.EXTRAS[name].items():
-        package = {"PIL": "pillow"}.get(module, module.replace("_", "-"))
+        package = module.replace("_", "-")
         assert any(line.startswith(package) for line in requirements[extra]), module
         assert not any(line.startswith(package + ">") for line in requirements[""]), module
 

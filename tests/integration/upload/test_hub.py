@@ -42,7 +42,7 @@ def export_of(folder: Path, files: dict[str, bytes], card: str = CARD) -> Path:
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    seal(folder, lambda _: {"README.md": card})
+    seal(folder, lambda _: {"README.md": card.encode()})
     return folder
 
 

@@ -54,6 +54,11 @@ def test_every_command_ends_its_help_with_examples_that_parse() -> None:
     assert seen == set(EXAMPLES)
 
 
+def test_groups_of_commands_say_where_the_examples_are() -> None:
+    for words in ("", "cloud", "cloud vast", "cloud runpod"):
+        assert "lists a command's options and examples" in abliterate(*words.split(), "-h").check().out, words
+
+
 def test_short_help_is_help_for_every_command() -> None:
     for words in all_commands():
         assert abliterate(*words.split(), "-h").check().out == abliterate(*words.split(), "--help").check().out

@@ -79,6 +79,7 @@ def test_a_folder_keeps_its_own_card(tmp_path: Path, options: list[str]) -> None
     folder, target = Path(shutil.copytree(tmp_path / "base", tmp_path / "eight")), tmp_path / "target"
     own = "---\nlicense: mit\n---\n\n# Mine\n\nWords of mine.\n"
     (folder / CARD).write_text(own)
+    (folder / "result.png").write_bytes(b"a picture of mine")
     given = ("evaluate", folder, *options, "--upload")
     abliterate(*given, f"file://{target}").check()
     card = (target / CARD).read_text()
@@ -88,6 +89,11 @@ def test_a_folder_keeps_its_own_card(tmp_path: Path, options: list[str]) -> None
     # A delivery that is measured again has one section of figures, the new one.
     abliterate("evaluate", target, *options, "--upload", f"file://{tmp_path}/second").check()
     assert (tmp_path / "second" / CARD).read_text() == card
+    # Other files of the folder may be private; the picture that an export's card shows goes with the card.
+    assert not (target / "result.png").exists()
+    (folder / CARD).write_text(f"{own}\n![the result](result.png)\n")
+    abliterate(*given, f"file://{tmp_path}/third").check()
+    assert (tmp_path / "third" / "result.png").read_bytes() == b"a picture of mine"
 
 
 def test_a_failed_delivery_keeps_what_it_prepared_and_is_continued(tmp_path: Path, options: list[str]) -> None:

@@ -99,6 +99,21 @@ def test_a_watch_without_a_terminal_writes_a_line_a_change(finished: Path) -> No
     assert re.search(r"^\S+  finished: 20 of 20 trials; best: trial \d+, \d+/20 refusals, KL ", lines[0])
 
 
+def test_a_front_fits_a_narrow_terminal(finished: Path) -> None:
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    told = {name: value for name, value in environment(TERM="xterm").items() if name not in ("COLUMNS", "LINES")}
+    subprocess.run([*COMMAND, "front", "--workspace", finished], stdout=terminal, env=told, check=True)
+    os.close(terminal)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", os.read(screen, 65536).decode())
+    os.close(screen)
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert {line[:2] for line in lines} == {"tr", "  "}  # trials, and indented continuations
+    plain = abliterate("front", "--workspace", finished).check().out
+    assert " ".join(plain.split()) == " ".join(shown.split())
+
+
 def test_a_watch_on_a_phone_waits_for_a_preempted_job_until_it_is_interrupted(preempted: Path) -> None:
     screen, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 42, 0, 0))

@@ -24,7 +24,14 @@ def test_times_have_one_form(seconds: float, duration: str, elapsed: str) -> Non
 
 @pytest.mark.parametrize(
     ("steps", "seconds", "text"),
-    [(10, 31, "3.1 s each"), (1, 90, "1 min 30 s each"), (24, 2, "12 a second"), (3e9, 30, "100 million a second")],
+    [
+        (10, 31, "3.1 s each"),
+        (1, 90, "1 min 30 s each"),
+        (24, 2, "12 a second"),
+        (99_970, 100, "1000 a second"),
+        (203_000, 100, "2030 a second"),
+        (3e9, 30, "100 million a second"),
+    ],
 )
 def test_slow_steps_are_told_by_their_time_and_fast_ones_by_their_rate(steps: float, seconds: float, text: str) -> None:
     assert rate_text(steps, seconds) == text
