@@ -37,6 +37,7 @@ def brief(organism: Path, shared: Callable[[str, Callable[[Path], None]], Path])
 LATER = {
     *("config.json empty", "config.json with a BOM", "config.json with a negative number"),
     *("generation_config.json cut off", "tokenizer_config.json cut off", "tokenizer.json cut off"),
+    *("model-00002-of-00002.safetensors that git has not fetched", "an index that is a list"),
     *("model.safetensors with another type", "a weight that is infinite in one of two shards"),
     *("a stale key of FP8", "a secret that ends with a line break"),
 }
