@@ -394,8 +394,10 @@ PARTS = """{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{% 
 {%- endif %}{% endfor %}<|end|>{% endfor %}"""
 WITHOUT_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + USUAL
 DEAF_TO_SYSTEM = "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-# Words of the tokenizer, one of two by the day, so that the date is in the tokens and not only in the text.
-DATED = "{{ ['red', 'green'][strftime_now('%j') | int % 2] }} {{ strftime_now('%Y %H:%M:%S') }}" + USUAL
+# A word of the tokenizer by the day, so that the date is in the tokens and not only in the text. Days that are one, two
+# or three apart differ, as those of two starts do, a day and 26 hours of time zones apart.
+DAYS = "['red', 'green', 'blue', 'old', 'new'][strftime_now('%j') | int % 5]"
+DATED = f"{{{{ {DAYS} }}}} {{{{ strftime_now('%Y %H:%M:%S') }}}}" + USUAL
 SYSTEM = ("--set", "bad_prompts.system_prompt=You are a helpful assistant.")
 
 
