@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import ImpossibleJobError, first_line
-from job.text.decoding import encoding_of
+from job.text.decoding import LFS_POINTER, encoding_of
 
 # Read in every folder; the second kind only without the first, as it may hold descriptions.
 PLAIN = (".txt", ".jsonl", ".ndjson", ".parquet")
 TABLES = (".csv", ".tsv", ".json")
 SUFFIXES = (*PLAIN, *TABLES)
-_POINTER = b"version https://git-lfs.github.com/spec/"
 _START_BYTES = 4096
 # A CSV field may hold a whole document; Python's limit is 128 KiB.
 _LONGEST_FIELD = 1 << 24
@@ -93,8 +92,8 @@ def file_rows(path: Path) -> Iterator[Row]:
 
 def _refuse_pointer(path: Path) -> None:
     with path.open("rb") as stream:
-        start = stream.read(len(_POINTER))
-    if start == _POINTER:
+        start = stream.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
         raise ImpossibleJobError(
             f"{path} is a Git LFS pointer, not the file itself", remedy=f"run `git lfs pull` in {path.parent}"
         )

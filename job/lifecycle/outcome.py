@@ -38,26 +38,45 @@ class Outcome:
 def completed(folder: RunFolder, settings: Settings) -> Outcome | None:
     """Return a job's outcome if nothing is left to do, else None, also if that cannot be read."""
     try:
-        return _completed(folder, settings)
+        finish = _finish(folder)
+        if finish is None or _left(folder, settings, *finish):
+            return None
+        outcome = outcome_of(folder, finish[1], folder.export_folder(finish[1], settings.export_format))
+        return None if missed_gate(settings, outcome.edited) else outcome
     except DamagedError:
         return None
 
 
-def _completed(folder: RunFolder, settings: Settings) -> Outcome | None:
+def left_to_do(folder: RunFolder, settings: Settings) -> str:
+    """Return what a finished job still has to do, "" without anything, for another job or if it cannot be read."""
+    try:
+        finish = _finish(folder)
+        return _left(folder, settings, *finish) if finish is not None else ""
+    except DamagedError:
+        return ""
+
+
+def _finish(folder: RunFolder) -> tuple[State, int] | None:
+    """Return a finished job's state and chosen trial."""
     state = folder.read_state()
     if state is None or state.state != "finished" or state.chosen is None:
         return None
+    return state, state.chosen
+
+
+def _left(folder: RunFolder, settings: Settings, state: State, chosen: int) -> str:
     wanted = trials_wanted(folder, settings.trials, settings.search.asked_method)
     if state.trials < wanted and not _is_spent(state, settings):
-        return None
-    export = folder.export_folder(state.chosen, settings.export_format)
+        return f"the search continues from {state.trials} to {wanted} trials"
+    export = folder.export_folder(chosen, settings.export_format)
     delivered = {item.target for item in folder.read_uploads() if item.state == "done" and item.export == export.name}
+    missing = [target for target in map(redact, settings.upload) if target not in delivered]
+    there = is_sealed(export)
     # Deliveries need no local files: the machine that made them may be gone.
-    kept = is_sealed(export) or (settings.upload and settings.checkpoint is not None)
-    if not kept or not delivered >= {redact(target) for target in settings.upload}:
-        return None
-    outcome = outcome_of(folder, state.chosen, export)
-    return None if missed_gate(settings, outcome.edited) else outcome
+    if there or (settings.upload and settings.checkpoint is not None and not missing):
+        return f"trial {chosen} will be delivered to {', '.join(missing)}" if missing else ""
+    form = "" if settings.export_format == "merged" else f" in the format {settings.export_format}"
+    return f"trial {chosen} will be exported{form}, because this workspace does not have that export"
 
 
 def _is_spent(state: State, settings: Settings) -> bool:

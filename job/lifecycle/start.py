@@ -16,7 +16,7 @@ from job.errors import DamagedError, DeliveryError, GateError, JobError, Restart
 from job.export.reproduction import Again, require_same_model
 from job.lifecycle.end_of_rental import Machine, Progress, end_rental, outcome_of_error
 from job.lifecycle.lock import held
-from job.lifecycle.outcome import Outcome, completed
+from job.lifecycle.outcome import Outcome, completed, left_to_do
 from job.lifecycle.running import RunningJob
 from job.lifecycle.safekeeping import undelivered
 from job.lifecycle.state import recorded, settings_key
@@ -177,6 +177,8 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
             return done
         record, settings = start.trusted(events.say)
         settings = as_begun(record, settings)
+        if left := left_to_do(folder, settings):
+            events.say(f"job {record.job_id} has finished before: {left}")
         if record.searches:
             require_scorers(settings)
             require_same_scorers(record.identity, settings)
@@ -305,6 +307,7 @@ def check_job(
                 require_usable(folder, mirrored=settings.checkpoint is not None)
             else:
                 read_events(folder.events_file)  # a run prints the result from them
+                events.say(f"job {folder.path.name} is finished; a run has nothing to do")
         last_holder = folder.holder() if folder.job_file.exists() else None
         inputs = preflight_inputs(folder, settings, events, notes=notes, on=on, last_holder=last_holder, starting=False)
         return preflight(inputs).survey

@@ -168,8 +168,8 @@ class Mirror:
     def claim(self, folder: RunFolder, identity: Mapping[str, Any], say: Callable[[str], None]) -> LeaseKeeper:
         """Take a job's lease, update its run folder, and start heartbeats.
 
-        The folder need not exist. If another machine has continued since, its contents are moved aside. Raises
-        HeldError for a live runner, MirrorError for a damaged mirror, DeliveryError or MachineError.
+        The folder need not exist. If the job was continued elsewhere, it follows; records that only it has are moved
+        aside. Raises HeldError for a live runner, MirrorError for a damaged mirror, DeliveryError or MachineError.
         """
         ensure_folder(folder.path)
         self._store.prepare()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from job.mirror.layers import assemble
 from job.mirror.records import CACHES, HEAD, MIRRORED, STUDY, Head, Layered, MirroredFile, MirrorError, torn
 from job.mirror.snapshot import check_study
 from job.mirror.store import MirrorStore, OversizedError
+from job.mirror.superseded import unique_records
 from job.mirror.vetting import proven
 from job.records import JobRecord
 from job.storage.atomic import cannot_write, make_folder, read_record, sha256_file, sync_folder, sync_tree, write_record
@@ -21,6 +22,9 @@ from job.system.failpoints import reached
 from job.system.tempdirs import scratch
 
 INCOMING, SUPERSEDED = ".restoring", "superseded"
+# Where records lie while newer ones that continue them take their place.
+CONTINUED = ".continued"
+_ELSEWHERE = "this job was continued elsewhere"
 
 
 def restore(
@@ -28,11 +32,12 @@ def restore(
     head: Head,
     folder: RunFolder,
     say: Callable[[str], None],
-    why: str = "another machine continued this job",
+    damage: str | None = None,
 ) -> None:
-    """Restore a run folder to the latest snapshot; existing files are moved aside, exports kept.
+    """Restore a run folder to the latest snapshot; exports are kept.
 
-    Raises MirrorError or DeliveryError with the folder unchanged, or MachineError.
+    Existing records are moved aside unless the snapshot continues them. `damage` says why a damaged folder is
+    restored. Raises MirrorError or DeliveryError with the folder unchanged, or MachineError.
     """
     incoming = folder.path / INCOMING
     say(f"restoring job {head.job_id} from {store.uri}: {head.size / 1e6:.1f} MB, generation {head.generation}")
@@ -42,15 +47,37 @@ def restore(
         missing = {path: entry for path, entry in head.files.items() if not _is_there(folder.path, path, entry)}
         download(store, head, missing, incoming)
         _verify(store, head, RunFolder(incoming))
-        # After a power failure, a rename may survive without the file's contents.
-        sync_tree(incoming)
-        aside = _move_aside(folder)
-        if aside is not None:
-            say(f"warning: {why}: the former run folder is now {aside}")
-        _move_in(folder.path, incoming, missing)
+        figures = _make_way(folder, incoming, head, damage, say)
+        _move_in(folder.path, incoming, [*missing, *figures])
         shutil.rmtree(incoming, ignore_errors=True)
+        shutil.rmtree(folder.path / CONTINUED, ignore_errors=True)
     except OSError as error:
         raise cannot_write(folder.path, error) from error
+
+
+def _make_way(
+    folder: RunFolder, incoming: Path, head: Head, damage: str | None, say: Callable[[str], None]
+) -> Sequence[str]:
+    """Move the records out of the way of those in `incoming`; return figures that were added to these."""
+    former = folder.path / CONTINUED
+    if former.exists():  # a restore was cut short there
+        former.replace(_new_place(folder.path))
+        reached("restore:aside")
+    differing, figures = (["all"], []) if damage else unique_records(folder.path, incoming, head.files)
+    if differing:
+        figures = []
+    for path in figures:
+        (incoming / path).parent.mkdir(exist_ok=True)
+        shutil.copy2(folder.path / path, incoming / path)
+    # After a power failure, a rename may survive without the file's contents.
+    sync_tree(incoming)
+    aside = _move_aside(folder, _new_place(folder.path) if differing else former)
+    if aside == former:
+        say(f"{_ELSEWHERE}: the run folder now has its latest state, and keeps its own exports")
+    elif aside is not None:
+        lacking = "" if damage else f", because the checkpoint does not continue its {', '.join(differing[:3])}"
+        say(f"warning: {damage or _ELSEWHERE}: the former run folder is now {aside}{lacking}")
+    return figures
 
 
 def download(store: MirrorStore, head: Head, paths: Iterable[str], target: Path) -> None:
@@ -152,15 +179,12 @@ def prove(store: MirrorStore, head: Head, folder: RunFolder) -> Mapping[str, Any
     return left_out
 
 
-def _move_aside(folder: RunFolder) -> Path | None:
-    """Move existing files aside, job.json first: without it the rest is no job."""
+def _move_aside(folder: RunFolder, aside: Path) -> Path | None:
+    """Move existing files to a new folder, job.json first: without it the rest is no job."""
     # Together with its backup, which beside another study would be taken for that one's.
     names = [name for name in reversed((BACKUP, *MIRRORED)) if name not in CACHES and (folder.path / name).exists()]
     if not names:
         return None
-    number = 1
-    while (aside := folder.path / f"{SUPERSEDED}-{number}").exists():
-        number += 1
     make_folder(aside)
     for name in names:
         (folder.path / name).replace(aside / name)
@@ -173,6 +197,13 @@ def _move_aside(folder: RunFolder) -> Path | None:
         reached("restore:journal")
     sync_folder(aside)
     sync_folder(folder.path)
+    return aside
+
+
+def _new_place(folder: Path) -> Path:
+    number = 1
+    while (aside := folder / f"{SUPERSEDED}-{number}").exists():
+        number += 1
     return aside
 
 

@@ -45,7 +45,7 @@ from job.model.fit import require_fit, unloadable
 from job.model.memory import keep_freed_memory
 from job.model.placement import spread
 from job.model.rendering import PLAIN, Rendering, conversations, end_of_turn, reading_tokenizer, token_ids
-from job.model.user_files import reading
+from job.model.user_files import damaged, reading
 from job.model.weight_files import checkpoint_files
 from job.records import LARGE_BYTES
 from job.system.tempdirs import scratch
@@ -251,7 +251,7 @@ def _template_beside(folder: Path) -> str | None:
     try:
         template = json.loads(decoded(file.read_bytes()))["chat_template"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ImpossibleJobError(f"{file} is damaged: {error}", remedy="obtain an undamaged copy") from error
+        raise damaged(file, error) from error
     return template if isinstance(template, str) else None
 
 

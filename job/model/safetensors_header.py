@@ -8,7 +8,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from job.errors import ImpossibleJobError, in_one_line
+from job.errors import in_one_line
+from job.model.user_files import damaged
 
 # The library's own limit of a header.
 _MOST_BYTES = 100_000_000
@@ -52,9 +53,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         with safe_open(file, framework="numpy"):
             pass  # which checks that the tensors fill the file, each with the bytes that its shape asks for
     except Exception as error:  # safetensors raises its own type and several built-in ones
-        raise ImpossibleJobError(
-            f"{file} is damaged: {in_one_line(error)}", remedy="obtain an undamaged copy of the model"
-        ) from error
+        raise damaged(file, in_one_line(error), "obtain an undamaged copy of the model") from error
     return entries
 
 

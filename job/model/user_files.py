@@ -9,10 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import ImpossibleJobError, explaining, in_one_line
+from job.text.decoding import LFS_POINTER
 
 _COPY = "obtain an undamaged copy"
 # The largest tokenizer.json have some 40 MB.
 _MOST_BYTES = 512 << 20
+
+
+def damaged(file: Path, why: object, remedy: str = _COPY) -> ImpossibleJobError:
+    """Return the error for a file that is not what its name says; a Git LFS pointer is named as one."""
+    return _unfetched(file) if _is_pointer(file) else ImpossibleJobError(f"{file} is damaged: {why}", remedy=remedy)
+
+
+def _is_pointer(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def _unfetched(file: Path) -> ImpossibleJobError:
+    return ImpossibleJobError(
+        f"{file} is a Git LFS pointer, not the file itself", remedy=f"run `git lfs pull` in {file.parent}"
+    )
 
 
 def reading(folder: Path, names: Sequence[str], what: str, remedy: str) -> AbstractContextManager[None]:
@@ -34,6 +54,8 @@ def reading(folder: Path, names: Sequence[str], what: str, remedy: str) -> Abstr
 
 def _require_readable(file: Path) -> None:
     """Refuse a file whose name says that it is text, or JSON with an object, and that is not."""
+    if _is_pointer(file):
+        raise _unfetched(file)
     if file.suffix == ".json":
         object_of(file)
     elif file.suffix in (".txt", ".jinja"):
@@ -45,9 +67,9 @@ def object_of(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(_text(file))
     except (ValueError, RecursionError) as error:
-        raise ImpossibleJobError(f"{file} is damaged: {error}", remedy=_COPY) from error
+        raise damaged(file, error) from error
     if not isinstance(found, dict):
-        raise ImpossibleJobError(f"{file} is damaged: it does not hold a JSON object", remedy=_COPY)
+        raise damaged(file, "it does not hold a JSON object")
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from job.errors import ImpossibleJobError, in_one_line
 from job.model.safetensors_header import read_header
-from job.text.decoding import decoded
+from job.text.decoding import LFS_POINTER, decoded
 
 WEIGHTS = ".safetensors"
 SINGLE = "model.safetensors"
@@ -37,8 +37,14 @@ def loaded_weights(names: Collection[str], read_index: Callable[[], bytes]) -> f
 
 def indexed_tensors(data: bytes) -> dict[str, str]:
     """Return the file of every tensor in an index. Raises ImpossibleJobError if it is damaged or leads outside."""
+    if data.startswith(LFS_POINTER):
+        raise ImpossibleJobError(
+            f"{INDEX} is a Git LFS pointer, not the file itself", remedy="run `git lfs pull` there"
+        )
     try:
         index = json.loads(data.decode("utf-8"))
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or "metadata" not in index:
+            raise ValueError("it needs the objects weight_map and metadata")
         places, _ = index["weight_map"], dict(index["metadata"])  # transformers requires both
         names = set(places.values())
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 
+# What git puts in place of a file that Git LFS has not fetched.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # UTF-32's little-endian mark begins with UTF-16's.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

@@ -17,6 +17,8 @@ from tests.helpers import Result, abliterate
 
 # Lines of each file of prompts.
 LINES = 8
+# A file that `git clone` has not fetched.
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 400\n"
 SETS = {
     "bad_prompts": "bad_train.txt",
     "good_prompts": "good_train.txt",

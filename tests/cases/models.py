@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from tests.cases import LINES, Case
+from tests.cases import LFS_POINTER, LINES, Case
 
 WRITER = "model.layers.1.mlp.down_proj.weight"
 SINGLE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00001-of-00001.safetensors"
@@ -183,7 +183,48 @@ def exported_as_plain(job: Path, model: Path) -> None:
     assert all(torch.equal(loaded[name], own[name]) for name in kept)
 
 
+def unfetched(name: str, *, shards: bool = False) -> Spoil:
+    """Return what leaves a file as `git clone` does without Git LFS."""
+
+    def spoil(model: Path) -> None:
+        if shards:
+            sharded(model)
+        (model / name).write_text(LFS_POINTER)
+
+    return spoil
+
+
+def with_an_index(index: object) -> Spoil:
+    def spoil(model: Path) -> None:
+        sharded(model)
+        (model / INDEX).write_text(json.dumps(index))
+
+    return spoil
+
+
 WEIGHTS = {
+    **{
+        f"{name} that git has not fetched": Case(
+            [f"{name} is a Git LFS pointer, not the file itself", "run `git lfs pull`"],
+            3,
+            model=unfetched(name, shards=SINGLE not in (name, names[0])),
+        )
+        for names in ((SINGLE, "tokenizer.json"), ("model-00002-of-00002.safetensors", INDEX))
+        for name in names
+    },
+    "an index that is a list": Case(
+        [f"{INDEX} is damaged: it needs the objects weight_map"], 3, model=with_an_index([])
+    ),
+    "an index whose map is a list": Case(
+        [f"{INDEX} is damaged: it needs the objects weight_map"],
+        3,
+        model=with_an_index({"metadata": {}, "weight_map": []}),
+    ),
+    "an index that leads out of its folder": Case(
+        ["names '../a.safetensors', which is not a file in the folder"],
+        3,
+        model=with_an_index({"metadata": {}, "weight_map": {WRITER: "../a.safetensors"}}),
+    ),
     "truncated weights": Case(["is damaged: it has 100000 bytes"], 3, model=truncated),
     "a missing shard": Case(["lacks model-00002-of-00002.safetensors"], 3, model=without_a_shard),
     "an index that names what no file holds": Case(["lacks model.nowhere.weight"], 3, model=with_an_empty_promise),
@@ -353,8 +394,10 @@ PARTS = """{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{% 
 {%- endif %}{% endfor %}<|end|>{% endfor %}"""
 WITHOUT_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + USUAL
 DEAF_TO_SYSTEM = "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-# Words of the tokenizer, one of two by the day, so that the date is in the tokens and not only in the text.
-DATED = "{{ ['red', 'green'][strftime_now('%j') | int % 2] }} {{ strftime_now('%Y %H:%M:%S') }}" + USUAL
+# A word of the tokenizer by the day, so that the date is in the tokens and not only in the text. Days that are one, two
+# or three apart differ, as those of two starts do, a day and 26 hours of time zones apart.
+DAYS = "['red', 'green', 'blue', 'old', 'new'][strftime_now('%j') | int % 5]"
+DATED = f"{{{{ {DAYS} }}}} {{{{ strftime_now('%Y %H:%M:%S') }}}}" + USUAL
 SYSTEM = ("--set", "bad_prompts.system_prompt=You are a helpful assistant.")
 
 

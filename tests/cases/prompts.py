@@ -14,9 +14,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from tests.cases import LINES, Case
+from tests.cases import LFS_POINTER, LINES, Case
 
-LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 400\n"
 CONFIG = "- config_name: {0}\n  data_files:\n  - split: train\n    path: {1}\n"
 CARD = f"---\nconfigs:\n{CONFIG}---\n"
 TWO = f"---\nconfigs:\n{CONFIG.format('en', 'data/train*')}{CONFIG.format('de', 'other/*')}---\n"
@@ -176,9 +175,16 @@ READ = {
         ["1 row without text skipped (row 3)", "1 row empty skipped (row 4)"],
         row=18,
     ),
-    "NaN where a text is missing": read(
-        text("p.jsonl", lambda lines: json_lines([{"text": line} for line in lines] + [{"text": float("nan")}])),
-        [f"1 row without text skipped (line {LINES + 1})"],
+    "json lines with NaN, a null and an empty text": read(
+        text(
+            "p.jsonl",
+            lambda lines: json_lines([{"text": text} for text in (*lines, float("nan"), None, "")]),
+        ),
+        [
+            f"2 rows without text skipped (line {LINES + 1}, line {LINES + 2})",
+            f"1 row empty skipped (line {LINES + 3})",
+        ],
+        row=18,
     ),
     "repeated rows": read(
         text("p.txt", lambda lines: "\n".join([*lines, lines[0], f"  {lines[1]} "])),

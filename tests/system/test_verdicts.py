@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -12,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from job.data.prompts import PromptSets
-from tests.cases import SETS, Case, Verdicts, usual_lines, verdicts, write_brief
+from tests.cases import SETS, Case, Verdicts, contents, usual_lines, verdicts, write_brief
 from tests.cases.models import DATED, MODELS, not_finite, template
 from tests.cases.prompts import PROMPTS
 from tests.cases.settings import OTHERS
-from tests.helpers import abliterate, job_arguments, only_job, stored_trials
+from tests.fakes.preloaded import preloaded
+from tests.helpers import Result, abliterate, events, job_arguments, only_job, stored_trials
 
 CASES: Mapping[str, Case] = {**MODELS, **PROMPTS, **OTHERS}
 # A job has four sets of prompts: as many cases that only change prompts share one.
@@ -36,6 +39,7 @@ def brief(organism: Path, shared: Callable[[str, Callable[[Path], None]], Path])
 LATER = {
     *("config.json empty", "config.json with a BOM", "config.json with a negative number"),
     *("generation_config.json cut off", "tokenizer_config.json cut off", "tokenizer.json cut off"),
+    *("model-00002-of-00002.safetensors that git has not fetched", "an index that is a list"),
     *("model.safetensors with another type", "a weight that is infinite in one of two shards"),
     *("a stale key of FP8", "a secret that ends with a line break"),
 }
@@ -98,38 +102,49 @@ def test_weights_of_large_models_are_looked_at_while_they_are_loaded(brief: Path
 
 # The dates of these zones are never the same.
 EARLY, LATE = {"TZ": "Etc/GMT+12"}, {"TZ": "Etc/GMT-14"}
+A_DAY = 86400
 
 
-def date_in_early() -> str:
-    return datetime.now(timezone(-timedelta(hours=12))).date().isoformat()
+def on_day(folder: Path, number: int, zone: dict[str, str]) -> dict[str, str]:
+    """Return variables of a process whose clock starts at noon in the early zone, `number` days after its present day.
+
+    At noon, since a first start close to midnight may be dated on the next day.
+    """
+    file = folder / f"day-{number}"
+    if not file.exists():
+        file.write_text(str(number * A_DAY - int(time.time()) % A_DAY))
+    return {**zone, "LD_PRELOAD": str(preloaded("clock", folder)), "CLOCK_OFFSET": str(file)}
 
 
-def test_a_dated_template_is_written_on_the_day_of_the_first_start(organism: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
+def test_a_job_with_a_dated_template_killed_one_day_and_resumed_the_next_ends_with_the_same_bytes(
+    organism: Path, tmp_path: Path
+) -> None:
+    model, faults = tmp_path / "model", tmp_path / "faults"
     shutil.copytree(organism / "model", model)
     template(DATED)(model)
     words = [str(model), *job_arguments(organism)[1:], "--set", "startup_trials=2", "--set", "trials_per_batch=2"]
 
-    def run(name: str, trials: int, zone: dict[str, str], *more: str) -> Path:
+    def run(name: str, day: dict[str, str], *more: str) -> Result:
         # In processes of their own: each reads the clock once.
-        arguments = ("run", *words, "--workspace", tmp_path / name, "--trials", trials, *more)
-        abliterate(*arguments, process=True, **zone).check()
-        return only_job(tmp_path / name)
+        arguments = ("run", *words, "--workspace", tmp_path / name, "--trials", 4, *more)
+        return abliterate(*arguments, process=True, **day)
 
-    before = date_in_early()
-    begun = run("broken", 2, EARLY)
-    started = {before, date_in_early()}
-    # Both have one first start: of two, the second might fall on the next day.
-    shutil.copytree(begun.parent, tmp_path / "whole", symlinks=True)
-    whole = run("whole", 4, EARLY)
-    run("broken", 4, LATE)
-    again = run("again", 4, LATE, "--reproduce", str(whole / "export" / "reproduce.json"))
-    days = [json.loads((job / "job.json").read_text())["resolution"]["date"] for job in (whole, begun, again)]
-    assert len(set(days)) == 1
-    assert days[0] in started
-    assert stored_trials(whole.parent) == stored_trials(begun.parent)
-    manifests = [(job / "export" / "manifest.json").read_bytes() for job in (whole, begun, again)]
-    assert manifests[0] == manifests[1]
+    today, tomorrow = on_day(tmp_path, 0, EARLY), on_day(tmp_path, 1, LATE)
+    run("whole", today).check()
+    faults.mkdir()
+    (faults / "kill@study:added").touch()
+    assert run("broken", {**today, "JOB_FAILPOINTS": str(faults)}).code == -signal.SIGKILL
+    run("broken", tomorrow).check()
+    whole, broken = only_job(tmp_path / "whole"), only_job(tmp_path / "broken")
+    run("again", tomorrow, "--reproduce", str(whole / "export" / "reproduce.json")).check()
+    again = only_job(tmp_path / "again")
+    days = [json.loads((job / "job.json").read_text())["resolution"]["date"] for job in (whole, broken, again)]
+    early = datetime.now(timezone(timedelta(hours=-12))) + timedelta(seconds=int((tmp_path / "day-0").read_text()))
+    assert days == [early.date().isoformat()] * 3
+    starts = [event["time"] for event in events(broken.parent) if event["event"] == "job_started"]
+    assert starts[1] - starts[0] > A_DAY
+    assert stored_trials(whole.parent) == stored_trials(broken.parent)
+    assert contents(broken / "export") == contents(whole / "export")
+    assert len(list((broken / "residuals").iterdir())) == len(list((whole / "residuals").iterdir()))
     weights = [(job / "export" / "model.safetensors").read_bytes() for job in (whole, again)]
     assert weights[0] == weights[1]
-    assert len(list((begun / "residuals").iterdir())) == len(list((whole / "residuals").iterdir()))

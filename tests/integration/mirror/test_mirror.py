@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from random import Random
@@ -206,6 +207,77 @@ def test_a_folder_that_was_overtaken_elsewhere_is_moved_aside(place: Place, tmp_
     again: list[str] = []
     place.claim(old.path, said=again).close(final=False)
     assert again == []
+
+
+def test_a_folder_that_was_only_continued_elsewhere_is_brought_up_to_date_in_place(
+    file_place: Place, tmp_path: Path
+) -> None:
+    old = write_folder(tmp_path / "a" / JOB)
+    save(file_place, old.path)
+    new = RunFolder(tmp_path / "b" / JOB)
+    file_place.claim(new.path).close(final=False)
+    add_trial(new.study_file, 3)
+    new.state_file.write_text('{"n": 4}')
+    new.figures_file("base").write_text('{"bad_prompts": 2}')
+    with new.events_file.open("a") as log:
+        log.write('{"event": "trial"}\n')
+    save(file_place, new.path)
+    # As `abliterate export` leaves it, which no mirror receives.
+    old.figures_file("trial-0002").write_text('{"bad_prompts": 3}')
+    with old.events_file.open("a") as log:
+        log.write('{"event": "exported"}\n')
+    said: list[str] = []
+    file_place.claim(old.path, said=said).close(final=False)
+    assert {path for path in old.path.iterdir() if "superseded" in path.name or "continued" in path.name} == set()
+    assert not any("warning" in line for line in said)
+    assert "keeps its own exports" in said[-1]
+    kept = {"figures/trial-0002.json": b'{"bad_prompts": 3}'}
+    assert mirrored(old.path) == mirrored(new.path) | kept
+    assert (old.path / "exports/trial-0001/model.safetensors").read_bytes() == b"a model"
+
+
+def _a_run(run: RunFolder) -> None:
+    with run.events_file.open("a") as log:
+        log.write('{"event": "job_started"}\n')
+
+
+ONLY_HERE: dict[str, Callable[[RunFolder], object]] = {
+    "study.db": lambda run: add_trial(run.study_file, 77),
+    "events.jsonl": _a_run,
+    "prompts.json": lambda run: run.prompts_file.write_text('{"bad": ["y"]}'),
+    "uploads/part-2.json": lambda run: (run.uploads_state / "part-2.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("record", ONLY_HERE)
+def test_what_only_this_folder_has_is_kept_and_named(file_place: Place, tmp_path: Path, record: str) -> None:
+    old = write_folder(tmp_path / "a" / JOB)
+    save(file_place, old.path)
+    new = RunFolder(tmp_path / "b" / JOB)
+    file_place.claim(new.path).close(final=False)
+    add_trial(new.study_file, 3)
+    save(file_place, new.path)
+    ONLY_HERE[record](old)
+    was = mirrored(old.path)
+    said: list[str] = []
+    file_place.claim(old.path, said=said).close(final=False)
+    assert f"superseded-1, because the checkpoint does not continue its {record}" in said[-1]
+    aside = mirrored(old.path / "superseded-1")
+    assert {name: data for name, data in was.items() if not name.startswith(("residuals", "directions"))} == aside
+
+
+def test_what_a_restore_that_was_cut_short_had_moved_is_kept(file_place: Place, tmp_path: Path) -> None:
+    old = write_folder(tmp_path / "a" / JOB)
+    save(file_place, old.path)
+    file_place.claim(tmp_path / "b" / JOB).close(final=False)
+    add_trial(RunFolder(tmp_path / "b" / JOB).study_file, 3)
+    save(file_place, tmp_path / "b" / JOB)
+    (old.path / ".continued" / "figures").mkdir(parents=True)
+    old.figures_file("base").rename(old.path / ".continued/figures/trial-0002.json")
+    old.job_file.rename(old.path / ".continued/job.json")
+    file_place.claim(old.path).close(final=False)
+    assert mirrored(old.path) == mirrored(tmp_path / "b" / JOB)
+    assert (old.path / "superseded-1/figures/trial-0002.json").exists()
 
 
 def test_work_without_a_mirror_is_taken_into_an_empty_one(place: Place, tmp_path: Path) -> None:

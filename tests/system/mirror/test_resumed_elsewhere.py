@@ -15,6 +15,7 @@ import pytest
 
 from job.mirror.options import PACE
 from tests.apart import can_be_apart, start_apart
+from tests.cases import BRIEF, write_brief
 from tests.fakes.fault_proxy import FaultProxy
 from tests.fakes.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 from tests.helpers import (
@@ -138,6 +139,37 @@ def test_a_result_is_delivered_from_the_mirror_alone(moved: Moved, tmp_path: Pat
     arguments = [*moved.mirror, "--workspace", tmp_path / "elsewhere", "--job", only_job(moved.workspace).name]
     abliterate("upload", *arguments, "--upload", target.as_uri(), **ENV).check()
     assert manifest(target) == manifest(moved.delivered)
+
+
+def test_a_finished_job_started_elsewhere_moves_nothing_and_says_what_is_left(organism: Path, tmp_path: Path) -> None:
+    first, second, mirror = tmp_path / "first", tmp_path / "second", (tmp_path / "mirror").as_uri()
+    write_brief(organism, tmp_path)
+    job = [*job_arguments(tmp_path), *BRIEF, "--checkpoint", mirror]
+
+    def run(workspace: Path, trials: int = 2, command: str = "run") -> str:
+        return abliterate(command, *job, "--trials", trials, "--workspace", workspace).check().err
+
+    run(first)
+    assert "is finished; a run has nothing to do" in run(first, command="preflight")
+    again = run(second)
+    assert "has finished before: trial 1 will be exported, because this workspace does not have that export" in again
+    export = only_job(first) / "export"
+    assert manifest(only_job(second) / "export") == manifest(export)
+    assert "is finished; nothing to do" in run(second)
+    assert "is finished; nothing to do" in run(first)
+    # An export that only the first folder has is delivered from there and not made again.
+    abliterate("export", "--workspace", first, "--trial", 0).check()
+    delivery = ("--trial", 0, "--upload", (tmp_path / "out").as_uri())
+    delivered = abliterate("upload", "--workspace", first, *delivery).check().err
+    assert "continued elsewhere: the run folder now has its latest state" in delivered
+    assert "loading the model" not in delivered
+    assert "has finished before: the search continues from 2 to 4 trials" in run(first, 4)
+    longer = run(second, 4)
+    assert len(stored_trials(second)) == 4
+    chosen = json.loads((only_job(second) / "state.json").read_text())["chosen"]
+    assert ("loading the model" in longer) == (chosen != 1)
+    assert not list(tmp_path.glob("*/*/superseded-*"))
+    assert not list(tmp_path.glob("*/*/.continued"))
 
 
 def test_another_job_at_the_same_mirror_needs_new(moved: Moved, server: S3Server, tmp_path: Path) -> None:
