@@ -49,7 +49,7 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
             source = model_folder(job.record, job.settings, job.events)
             with loaded_model(job, source, prompts, workers.count) as model:
                 workers.open(model, prompts)
-                with own_threads(job, model):
+                with own_threads(job.settings):
                     residuals = prompt_residuals(job, model, prompts, workers.executor.evaluate)
                     basis = find_directions(residuals, job.settings.directions)
                 with model_session(job, model, basis, prompts) as session:

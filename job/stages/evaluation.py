@@ -74,14 +74,15 @@ class JobEvaluation:
         """Yield an evaluator with the model loaded. Raises JobError if it cannot be, or has changed."""
         from job.lifecycle.model_folder import model_folder
         from job.lifecycle.running import OpenJob
+        from job.model.devices import resolve_device
         from job.stages.model import cpu_threads, loaded_model
 
         with scratch("worker") as place:
             folder, events = RunFolder(place), Events(stream=io.StringIO())  # the run says all this itself
             job = OpenJob(folder, JobFile(folder, self.record), self.settings, events)
             with (
+                cpu_threads(resolve_device(self.settings.loading.device), self.threads),
                 loaded_model(job, model_folder(self.record, self.settings, events), self.prompts, proven=True) as model,
-                cpu_threads(model, self.threads),
                 ExitStack() as hooks,
             ):
                 yield JobEvaluator(job, self.prompts, model, hooks)

@@ -141,7 +141,7 @@ class _Finder:
     def _fitting(self, problem: Problem, start: DescentState) -> DescentState:
         """Return the start with rows per forward that fit: out of memory on a CPU would end the process."""
         job, model = self._job, self._session.model
-        gauge = Gauge(model.model, worker_count(job.settings, model))
+        gauge = Gauge(model.model, worker_count(job.settings, model.device))
         gauge.begin()
         try:
             halving(1, lambda _: problem.read_longest(start.variables), job.events.say)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from job.directions.response_prefix import with_response_prefix
 from job.errors import ImpossibleJobError
 from job.lifecycle.running import OpenJob
 from job.model.device_faults import Watchdog, clear_faults
-from job.model.devices import hardware
+from job.model.devices import hardware, resolve_device
 from job.model.loading import LoadedModel, load_model
 from job.model.placement import placement
 from job.model.rendering import Rendering, conversations, shows_date
@@ -51,20 +52,25 @@ def loaded_model(
     """Yield the base model; device faults become JobErrors, and a hanging forward ends the process.
 
     The job's first start resolves and pins dtype, batches, rows per forward and response prefix. `workers` counts the
-    processes that will evaluate trials, by default those of this machine. `proven` skips the proof.
+    processes that will evaluate trials, by default those of this machine; they may be starting, so this process
+    computes with its share of the CPU's threads until it has yielded. `proven` skips the proof.
 
     Raises ImpossibleJobError or MachineError.
     """
     settings = job.settings
+    threads = partial(own_threads, settings) if workers else nullcontext
     if not proven:
-        _prove(job, source)
-    model = _load(job, source)
+        with threads():
+            _prove(job, source)
+    model = _load(job, source, threads())
     require_resident(model, settings.export_format)
     conversations(model.tokenizer, prompts.everything, model.rendering)  # all at once, by one process
     watchdog = Watchdog(settings.hang_seconds, job.folder.stacks_file)
     with clear_faults(), watchdog.watching(decoder_of(model.model)):
         if job.record.resolution is None:
-            _resolve(job, model, prompts, workers(model) if workers else worker_count(settings, model))
+            count = workers(model) if workers else worker_count(settings, model.device)
+            with threads():
+                _resolve(job, model, prompts, count)
         model = as_resolved(model, job.record)
         yield replace(model, architecture=as_edited(model.architecture, settings.ablation, job.resolution))
 
@@ -81,11 +87,11 @@ def _prove(job: OpenJob, source: Path) -> None:
     )
 
 
-def _load(job: OpenJob, source: Path) -> LoadedModel:
+def _load(job: OpenJob, source: Path, threads: AbstractContextManager[None]) -> LoadedModel:
     record, events = job.record, job.events
     events.emit("loading", "loading the model")
     dtype = record.resolution.dtype if record.resolution else record.planned_dtype
-    with events.progress("loading the model", 1):
+    with events.progress("loading the model", 1), threads:
         model = load_model(source, job.settings.loading, events.say, dtype=dtype, rendering=rendering_of(record))
     weights, planned = placement(model.model), record.planned_weights or {}
     shares = ", ".join(f"{size(count)} on {device}" for device, count in weights.items())
@@ -196,12 +202,12 @@ def require_resident(model: LoadedModel, form: ExportFormat) -> None:
         )
 
 
-def worker_count(settings: Settings, model: LoadedModel) -> int:
+def worker_count(settings: Settings, device: torch.device) -> int:
     """Return the number of processes that evaluate trials here: one per GPU if one holds the whole model."""
     if settings.workers is not None:
         return settings.workers
     one_gpu_each = settings.loading.device == "auto" and settings.loading.device_map == "single"
-    return max(1, len(cuda_devices())) if one_gpu_each and model.device.type == "cuda" else 1
+    return max(1, len(cuda_devices())) if one_gpu_each and device.type == "cuda" else 1
 
 
 def share_of_threads(processes: int) -> int:
@@ -210,10 +216,10 @@ def share_of_threads(processes: int) -> int:
 
 
 @contextmanager
-def cpu_threads(model: LoadedModel, count: int) -> Iterator[None]:
-    """Compute with `count` threads within the block if the model is on the CPU."""
+def cpu_threads(device: torch.device, count: int) -> Iterator[None]:
+    """Compute with `count` threads within the block if the model's device is the CPU."""
     before = torch.get_num_threads()
-    if model.device.type == "cpu":
+    if device.type == "cpu":
         torch.set_num_threads(count)
     try:
         yield
@@ -221,9 +227,10 @@ def cpu_threads(model: LoadedModel, count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def own_threads(job: OpenJob, model: LoadedModel) -> AbstractContextManager[None]:
+def own_threads(settings: Settings) -> AbstractContextManager[None]:
     """Compute with this process's share of the CPU's threads: others wait for a core, and all threads for them."""
-    return cpu_threads(model, share_of_threads(worker_count(job.settings, model)))
+    device = resolve_device(settings.loading.device)
+    return cpu_threads(device, share_of_threads(worker_count(settings, device)))
 
 
 def cuda_devices() -> list[str]:

@@ -42,7 +42,7 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
     if job.record.startup_trials is None:
         job.file.pin(startup_trials=default_startup_trials(target))
     executor.share(shared_directions(session))
-    with own_threads(job, session.model):
+    with own_threads(job.settings):
         objectives = search_objectives(job, session)
         _measure_baseline(job, session, objectives)  # workers start up meanwhile
         evaluator = PlanEvaluator(job, session, executor, objectives)

@@ -70,7 +70,7 @@ class Workers:
         from job.stages.model import cuda_devices, share_of_threads, worker_count
 
         settings, on_gpus = self._job.settings, model.device.type == "cuda"
-        processes = worker_count(settings, model)
+        processes = worker_count(settings, model.device)
         threads = share_of_threads(processes)
         if isinstance(self._engine, RayEngine):
             gpus = sum(device.isdigit() for device in placement(model.model)) if on_gpus else 0

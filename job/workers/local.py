@@ -34,6 +34,7 @@ class LocalEngine(Engine):
         super().__init__()
         self._warm_up = warm_up
         self._warm = {number: LocalWorker(warm_up, None) for number in range(1, count + 1)}
+        self._running.update(self._warm.values())
         self._devices: Sequence[str] = ()
         self._workers = 0
         self._evaluation: Evaluation | None = None
@@ -59,12 +60,6 @@ class LocalEngine(Engine):
         with self._kept(warm or LocalWorker(self._warm_up, device)) as worker:
             worker.hardware = worker.ask("begin", self._evaluation)
             yield worker
-
-    def end(self) -> None:
-        """Kill all processes."""
-        super().end()
-        for worker in list(self._warm.values()):
-            worker.end()
 
 
 class LocalWorker(Worker):

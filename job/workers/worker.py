@@ -99,7 +99,7 @@ class Engine(ABC):
     def __init__(self) -> None:
         self._ended = threading.Event()
         self._resources = ExitStack()
-        self._running: list[Worker] = []
+        self._running: set[Worker] = set()
 
     @abstractmethod
     def open(self, evaluation: Evaluation) -> None:
@@ -134,9 +134,9 @@ class Engine(ABC):
 
     @contextmanager
     def _kept(self, worker: Worker) -> Iterator[Worker]:
-        self._running.append(worker)
+        self._running.add(worker)
         try:
-            self.require_wanted()  # once it is in the list: either this or `end` sees the other
+            self.require_wanted()  # once it is among them: either this or `end` sees the other
             yield worker
         finally:
             self._running.remove(worker)

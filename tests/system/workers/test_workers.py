@@ -10,14 +10,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from job.model.loading import LoadedModel
 from job.stages.model import cpu_threads, share_of_threads
 from tests.helpers import (
     abliterate,
@@ -206,17 +204,17 @@ def test_what_a_worker_imports_first_loads_no_torch() -> None:
 
 def test_processes_on_a_cpu_share_its_cores() -> None:
     threads = torch.get_num_threads()
-    on_cpu, on_gpu = (cast(LoadedModel, SimpleNamespace(device=torch.device(kind))) for kind in ("cpu", "cuda"))
+    on_cpu, on_gpu = torch.device("cpu"), torch.device("cuda")
     try:
         torch.set_num_threads(6)
-        for loaded, processes, expected in (
+        for device, processes, expected in (
             (on_cpu, 1, 6),
             (on_cpu, 4, 1),
             (on_cpu, 3, 2),
             (on_cpu, 8, 1),
             (on_gpu, 3, 6),
         ):
-            with cpu_threads(loaded, share_of_threads(processes)):
+            with cpu_threads(device, share_of_threads(processes)):
                 assert torch.get_num_threads() == expected
             assert torch.get_num_threads() == 6
     finally:
