@@ -74,9 +74,8 @@ def text_width(text: str, size: int) -> int:
 
 def fitted(text: str, size: int, width: int) -> tuple[str, int]:
     """Return a text and a size in which it is no wider than `width`, shortened if it must be."""
-    if (length := text_width(text, size)) <= width:
-        return text, size
-    size = min(size, max(size * width // length, _SMALLEST))
+    while size > _SMALLEST and text_width(text, size) > width:
+        size -= 1
     if text_width(text, size) <= width:
         return text, size
     while text and text_width(f"{text}...", size) > width:
