@@ -13,7 +13,7 @@ from job.export.picture import GREY, GRID, HEIGHT, INK, MARGIN, PAPER, WIDTH, fo
 from job.report.charts import front_chart
 from job.report.plot import Axis, Series
 from job.report.run_view import RunResult, RunView
-from job.storage.atomic import cannot_write
+from job.storage.atomic import cannot_write, write_atomically
 from job.storage.run_folder import RunFolder
 from job.text.divergence import kl_with_bound
 
@@ -32,7 +32,7 @@ def write_picture(folder: RunFolder, file: Path) -> None:
     _draw_figures(canvas, view, view.result)
     _draw_front(canvas, view, view.result)
     try:
-        file.write_bytes(canvas.png())
+        write_atomically(file, canvas.png())
     except OSError as error:
         raise cannot_write(file, error) from error
 
