@@ -8,12 +8,13 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
 from job.data.prompts import PromptSets
+from job.storage import jobs
 from tests.cases import SETS, Case, Verdicts, contents, usual_lines, verdicts, write_brief
 from tests.cases.models import DATED, MODELS, not_finite, template
 from tests.cases.prompts import PROMPTS
@@ -116,6 +117,32 @@ def on_day(folder: Path, number: int, zone: dict[str, str]) -> dict[str, str]:
     return {**zone, "LD_PRELOAD": str(preloaded("clock", folder)), "CLOCK_OFFSET": str(file)}
 
 
+def test_prompts_are_dated_on_the_day_of_a_jobs_first_start(
+    organism: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(organism / "model", model)
+    template(DATED)(model)
+    words = [str(model), *job_arguments(organism)[1:], "--set", "startup_trials=2", "--set", "trials_per_batch=2"]
+
+    def run(name: str, trials: int, day: date, *more: str) -> Path:
+        monkeypatch.setattr(jobs, "date", type("Clock", (date,), {"today": lambda: day}))
+        abliterate("run", *words, "--workspace", tmp_path / name, "--trials", trials, *more).check()
+        return only_job(tmp_path / name)
+
+    one_day, the_next = date(2027, 12, 30), date(2027, 12, 31)
+    whole = run("whole", 4, one_day)
+    run("continued", 2, one_day)
+    continued = run("continued", 4, the_next)
+    again = run("again", 4, the_next, "--reproduce", str(whole / "export" / "reproduce.json"))
+    days = [json.loads((job / "job.json").read_text())["resolution"]["date"] for job in (whole, continued, again)]
+    assert days == [one_day.isoformat()] * 3
+    assert stored_trials(whole.parent) == stored_trials(continued.parent)
+    weights = [(job / "export" / "model.safetensors").read_bytes() for job in (whole, continued, again)]
+    assert weights[0] == weights[1] == weights[2]
+
+
+@pytest.mark.full("kills")
 def test_a_job_with_a_dated_template_killed_one_day_and_resumed_the_next_ends_with_the_same_bytes(
     organism: Path, tmp_path: Path
 ) -> None:
