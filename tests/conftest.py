@@ -25,6 +25,12 @@ hypothesis.settings.register_profile("default without deadline", deadline=None)
 hypothesis.settings.load_profile("default without deadline")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return three workers for two cores: tests also wait, for locks, servers and disks."""
+    cores = len(os.sched_getaffinity(0))
+    return cores + (cores + 1) // 2
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Limit threads: workers share the cores, and too many threads make small models crawl."""
