@@ -28,7 +28,9 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "tests" / "full_lane.json"
 DURATIONS = ROOT / "tests" / "durations.json"
-PYTEST = (sys.executable, "-m", "pytest", "-n", "auto", "--dist", "loadgroup", "--no-loadscope-reorder")
+# The long tests of the full lane compute all the time: one worker for each core.
+_WORKERS = str(len(os.sched_getaffinity(0)))
+PYTEST = (sys.executable, "-m", "pytest", "-n", _WORKERS, "--dist", "loadgroup", "--no-loadscope-reorder")
 # The tests of each part that run although its inputs have not changed.
 SAMPLE = 2
 # A test that takes less need not begin early. What one that nobody has timed may take: one marked as slow, another.
