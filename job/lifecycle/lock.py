@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from job.config.schema import Settings
-from job.errors import HeldError, JobError, Stopped
+from job.errors import DeliveryError, HeldError, JobError, MachineError, Stopped
 from job.storage.events import Events
 from job.storage.jobs import refuse_other_settings
 from job.storage.run_folder import RunFolder
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from job.mirror import LeaseKeeper, Mirror
+
+T = TypeVar("T")
 
 # Time limit of the last snapshot, in seconds and in lease durations.
 _LAST_SECONDS, _LAST_LEASES = 300.0, 2.5
@@ -73,21 +75,41 @@ def held(
     """Hold a job for the block, with its run folder, which need not exist, updated from the checkpoint.
 
     `beside_others` allows other jobs on the same model there. Raises HeldError if another run holds it or took it over,
-    UsageError if the checkpoint holds a job on the same model with other settings, or DeliveryError if the checkpoint
-    cannot be reached, or is required and has been down too long.
+    UsageError if the checkpoint holds a job on the same model with other settings, MachineError if the checkpoint
+    cannot be used, or DeliveryError if it is required and has been down too long.
     """
     with folder.held():
         if settings.checkpoint is None:
             yield JobLock()
             return
-        with open_checkpoint(settings, events.say) as mirror:
-            if not beside_others and not folder.job_file.exists():
-                # A head without files came to nothing.
-                mirrored = {head.job_id: head.identity for head in mirror.jobs() if head.files}
-                if folder.path.name not in mirrored:
-                    refuse_other_settings(settings.checkpoint, mirrored, identity)
-            claim = mirror.claim(folder, identity, events.say)
+        with _as_in_preflight(lambda: open_checkpoint(settings, events.say)) as mirror:
+            claim = _as_in_preflight(lambda: _claimed(mirror, folder, identity, settings, events, beside_others))
             yield from _hold(folder, claim, signals)
+
+
+def _as_in_preflight(step: Callable[[], T]) -> T:
+    """Return a step's value. Raises MachineError for a DeliveryError, which preflight blames on the machine, too."""
+    try:
+        return step()
+    except DeliveryError as error:
+        raise MachineError(str(error), remedy=error.remedy) from error
+
+
+def _claimed(
+    mirror: Mirror,
+    folder: RunFolder,
+    identity: Mapping[str, Any],
+    settings: Settings,
+    events: Events,
+    beside_others: bool,
+) -> LeaseKeeper:
+    assert settings.checkpoint is not None
+    if not beside_others and not folder.job_file.exists():
+        # A head without files came to nothing.
+        mirrored = {head.job_id: head.identity for head in mirror.jobs() if head.files}
+        if folder.path.name not in mirrored:
+            refuse_other_settings(settings.checkpoint, mirrored, identity)
+    return mirror.claim(folder, identity, events.say)
 
 
 def _hold(folder: RunFolder, claim: LeaseKeeper, signals: StopSignals) -> Iterator[JobLock]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from job.config.schema import Settings
 from job.data.prompts import PromptSets
 from job.errors import DamagedError
+from job.export.reproduction import Reproduction
 from job.records import Figures, State
 from job.search.method import trials_wanted
 from job.storage.atomic import read_record
-from job.storage.exports import is_sealed
+from job.storage.exports import REPRODUCE, is_sealed
 from job.storage.run_folder import RunFolder
 from job.text.behaviour import words_of
 from job.text.redaction import redact
@@ -74,9 +75,19 @@ def _left(folder: RunFolder, settings: Settings, state: State, chosen: int) -> s
     there = is_sealed(export)
     # Deliveries need no local files: the machine that made them may be gone.
     if there or (settings.upload and settings.checkpoint is not None and not missing):
-        return f"trial {chosen} will be delivered to {', '.join(missing)}" if missing else ""
+        if missing:
+            return f"trial {chosen} will be delivered to {', '.join(missing)}"
+        return _outdated(folder, state, export) if there else ""
     form = "" if settings.export_format == "merged" else f" in the format {settings.export_format}"
     return f"trial {chosen} will be exported{form}, because this workspace does not have that export"
+
+
+def _outdated(folder: RunFolder, state: State, export: Path) -> str:
+    """Return what an export lacks that was made before the search was extended in another workspace."""
+    made = read_record(export / REPRODUCE, Reproduction).trials
+    if made >= state.trials or folder.reproduces_file.exists():
+        return ""
+    return f"its export was made after {made} trials, and its card will state all {state.trials}"
 
 
 def _is_spent(state: State, settings: Settings) -> bool:

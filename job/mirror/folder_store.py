@@ -39,9 +39,9 @@ class FileStore:
     def probe(self) -> Proof:
         """Write, rename, lock and delete in the folder, or its nearest existing parent."""
         place = self._root
-        while not place.exists():
+        while not os.path.lexists(place):
             place = place.parent
-        with self._clear_errors(place), trial_folder(place) as trial:
+        with self._clear_errors(self._root), trial_folder(place) as trial:
             write_atomically(trial / HEAD, b"a probe, to be deleted at once\n")
             quirk = _lock_quirk(trial / _LOCK)
         if quirk is not None:

@@ -85,11 +85,11 @@ def read_mounts() -> list[Mount]:
 
 
 def nearest_existing(path: Path) -> Path:
-    """Return the path itself or its nearest existing parent.
+    """Return the path itself or its nearest existing parent, links followed.
 
     If permissions or a dead server hide its existence, the path itself is returned: using it will tell.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
     while True:
         try:
             os.stat(path)

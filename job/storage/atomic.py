@@ -79,7 +79,8 @@ def sync_tree(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and missing parents durably. Raises OSError."""
+    """Create a folder, or the one that a link to none names, and missing parents durably. Raises OSError."""
+    folder = Path(os.path.realpath(folder))
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:

@@ -20,8 +20,8 @@ from job.system.failpoints import reached
 
 
 def target_folder(uri: str) -> Path:
-    """Return the folder of a file:///dir URI."""
-    return Path(unquote(urlparse(uri).path))
+    """Return the folder of a file:///dir URI, links followed: a delivery renames it."""
+    return Path(os.path.realpath(unquote(urlparse(uri).path)))
 
 
 def deliver(export: Path, uri: str) -> None:

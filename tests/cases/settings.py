@@ -91,4 +91,43 @@ ENDPOINTS = {
     ),
 }
 
+
+def place(option: str, make: Callable[[Path], object], below: str = "") -> Callable[[Path], Sequence[str]]:
+    """Return what makes something that is no folder, and names it, or a folder below it, as a place of the job's."""
+    scheme = "" if option == "--workspace" else "file://"
+
+    def options(folder: Path) -> Sequence[str]:
+        make(folder / "place")
+        return (option, f"{scheme}{folder / 'place'}{below}")
+
+    return options
+
+
+def a_file(path: Path) -> None:
+    path.write_text("a shopping list\n")
+
+
+def a_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def a_link_to_none(path: Path) -> None:
+    path.symlink_to(path.with_name("made"))
+
+
+PLACES = {
+    "a file as the checkpoint": Case(code=76, options=place("--checkpoint", a_file)),
+    "a checkpoint below a file": Case(code=76, options=place("--checkpoint", a_file, "/jobs")),
+    "a checkpoint at a link to itself": Case(code=76, options=place("--checkpoint", a_loop)),
+    "a checkpoint at a link to no folder": Case(options=place("--checkpoint", a_link_to_none)),
+    "a file as the target": Case(code=3, options=place("--upload", a_file)),
+    "a target below a file": Case(code=76, options=place("--upload", a_file, "/edited")),
+    "a target at a link to itself": Case(code=76, options=place("--upload", a_loop)),
+    "a target at a link to no folder": Case(options=place("--upload", a_link_to_none)),
+    "a file as the workspace": Case(code=76, options=place("--workspace", a_file)),
+    "a workspace below a file": Case(code=76, options=place("--workspace", a_file, "/runs")),
+    "a workspace at a link to itself": Case(code=76, options=place("--workspace", a_loop)),
+    "a workspace at a link to no folder": Case(options=place("--workspace", a_link_to_none)),
+}
+
 OTHERS = {**SETTINGS, **CREDENTIALS, **ENDPOINTS}

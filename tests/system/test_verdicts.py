@@ -18,7 +18,7 @@ from job.storage import jobs
 from tests.cases import SETS, Case, Verdicts, contents, usual_lines, verdicts, write_brief
 from tests.cases.models import DATED, MODELS, not_finite, template
 from tests.cases.prompts import PROMPTS
-from tests.cases.settings import OTHERS
+from tests.cases.settings import OTHERS, PLACES
 from tests.fakes.preloaded import preloaded
 from tests.helpers import Result, abliterate, events, job_arguments, only_job, stored_trials
 
@@ -89,6 +89,19 @@ def assert_refused_alike(found: Verdicts, case: Case) -> None:
     assert found.end == found.refusal
     for part in case.told:
         assert part in found.end
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_what_is_no_folder_is_refused_as_a_place_by_both(name: str, brief: Path, tmp_path: Path) -> None:
+    case = PLACES[name]
+    found = verdicts([case], brief, tmp_path)
+    assert (found.checked.code, found.ran.code) == (case.code, case.code), found.checked.out + found.ran.err
+    if case.code:
+        assert str(tmp_path / "place") in found.refusal
+        assert str(tmp_path / "place") in found.end
+    else:  # the folder that the link names is made
+        assert (tmp_path / "place").is_symlink()
+        assert list((tmp_path / "made").iterdir())
 
 
 def test_weights_of_large_models_are_looked_at_while_they_are_loaded(brief: Path, tmp_path: Path) -> None:
