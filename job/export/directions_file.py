@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -188,7 +189,7 @@ def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], Non
 
     Raises UsageError if file, model and folder do not fit, ExportMismatchError if the result differs, or MachineError.
     """
-    saved = SavedEdit.load(file)
+    saved, out = SavedEdit.load(file), Path(os.path.realpath(out))
     architecture, edit = saved.architecture_in(source), saved.strengths
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty", remedy="name a new or empty folder")

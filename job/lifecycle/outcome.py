@@ -84,7 +84,10 @@ def _left(folder: RunFolder, settings: Settings, state: State, chosen: int) -> s
 
 def _outdated(folder: RunFolder, state: State, export: Path) -> str:
     """Return what an export lacks that was made before the search was extended in another workspace."""
-    made = read_record(export / REPRODUCE, Reproduction).trials
+    try:
+        made = read_record(export / REPRODUCE, Reproduction).trials
+    except DamagedError:
+        return ""  # as it was delivered; a new export is not what is missing
     if made >= state.trials or folder.reproduces_file.exists():
         return ""
     return f"its export was made after {made} trials, and its card will state all {state.trials}"

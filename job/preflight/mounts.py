@@ -137,5 +137,10 @@ def is_off_machine(mount: Mount) -> bool:
 
 
 def outlives_machine(uri: str) -> bool:
-    """Return whether a target or checkpoint survives the loss of this machine."""
-    return not uri.startswith("file:") or is_off_machine(mount_of(target_folder(uri), read_mounts()))
+    """Return whether a target or checkpoint survives the loss of this machine; not if it cannot be looked at."""
+    if not uri.startswith("file:"):
+        return True
+    try:
+        return is_off_machine(mount_of(target_folder(uri), read_mounts()))
+    except OSError:
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from job.config.schema import Settings
@@ -26,16 +27,20 @@ def target_checks(target: str, settings: Settings, state: Path | None) -> list[C
     if not target.startswith("file:"):
         return [_remote(target, settings, state)]
     folder = target_folder(target)
-    foreign = holds_something_else(folder)
+    fault = remedy = ""
+    if os.path.ismount(folder):
+        fault, remedy = "is a mount point, which a delivery cannot replace", "name a folder inside it"
+    elif holds_something_else(folder):
+        fault, remedy = "holds something else", "name a new or empty folder"
     held = Check(
         name="target.local",
-        status="fail" if foreign else "ok",
-        measured=f"{folder} holds something else" if foreign else f"{folder} is ready for the result",
+        status="fail" if fault else "ok",
+        measured=f"{folder} {fault or 'is ready for the result'}",
         needed="a folder that is empty, new, or holds an earlier delivery",
-        remedy="name a new or empty folder" if foreign else "",
+        remedy=remedy,
         scope="job",
     )
-    return [held, writability(folder)]
+    return [held, writability(folder.parent)]  # a delivery is written beside it and renamed
 
 
 def _remote(target: str, settings: Settings, state: Path | None) -> Check:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def write_real_model(folder: Path, report: Callable[[str], None]) -> None:
     """
     if folder.name in ("", ".."):
         raise UsageError(f"{folder} cannot be replaced", remedy="name a new or empty folder, not the current one")
-    source = installed_model()
+    folder, source = Path(os.path.realpath(folder)), installed_model()
     description = json.dumps(_describe(source), sort_keys=True)
     mark = folder / _MARK
     if mark.exists() and mark.read_text() == description:

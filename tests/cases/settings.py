@@ -115,6 +115,15 @@ def a_link_to_none(path: Path) -> None:
     path.symlink_to(path.with_name("made"))
 
 
+def a_link_to_a_folder(path: Path) -> None:
+    path.with_name("made").mkdir()
+    a_link_to_none(path)
+
+
+def a_link_to_a_mount_point(path: Path) -> None:
+    path.symlink_to("/proc")
+
+
 PLACES = {
     "a file as the checkpoint": Case(code=76, options=place("--checkpoint", a_file)),
     "a checkpoint below a file": Case(code=76, options=place("--checkpoint", a_file, "/jobs")),
@@ -124,6 +133,8 @@ PLACES = {
     "a target below a file": Case(code=76, options=place("--upload", a_file, "/edited")),
     "a target at a link to itself": Case(code=76, options=place("--upload", a_loop)),
     "a target at a link to no folder": Case(options=place("--upload", a_link_to_none)),
+    "a target at a link to a folder": Case(options=place("--upload", a_link_to_a_folder)),
+    "a mount point as the target": Case(code=3, options=place("--upload", a_link_to_a_mount_point)),
     "a file as the workspace": Case(code=76, options=place("--workspace", a_file)),
     "a workspace below a file": Case(code=76, options=place("--workspace", a_file, "/runs")),
     "a workspace at a link to itself": Case(code=76, options=place("--workspace", a_loop)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -97,8 +98,9 @@ def test_what_is_no_folder_is_refused_as_a_place_by_both(name: str, brief: Path,
     found = verdicts([case], brief, tmp_path)
     assert (found.checked.code, found.ran.code) == (case.code, case.code), found.checked.out + found.ran.err
     if case.code:
-        assert str(tmp_path / "place") in found.refusal
-        assert str(tmp_path / "place") in found.end
+        named = os.path.realpath(tmp_path / "place")
+        assert named in found.refusal
+        assert named in found.end
     else:  # the folder that the link names is made
         assert (tmp_path / "place").is_symlink()
         assert list((tmp_path / "made").iterdir())

@@ -22,7 +22,7 @@ from job.cloud.self_stop import find_rental
 from job.lifecycle.end_of_rental import Machine, Progress, end_rental
 from job.lifecycle.safekeeping import VOUCHED
 from job.lifecycle.supervisor import asked_when_failed
-from job.preflight.mounts import OFF_MACHINE, Mount, is_off_machine, parse_mountinfo
+from job.preflight.mounts import OFF_MACHINE, Mount, is_off_machine, outlives_machine, parse_mountinfo
 from job.records import State
 from job.storage.atomic import write_record
 from job.storage.jobs import job_settings
@@ -99,6 +99,13 @@ def test_listed_file_systems_are_off_the_machine_unless_it_serves_them_itself(ki
     assert is_off_machine(Mount(point="/mnt", kind=kind, source=SERVED[kind], device="0:1"))
     for here in ("localhost:/export", "//127.0.0.1/share", "me@localhost:/x", "mfs#127.0.0.1:9421", "[::1]:/export"):
         assert not is_off_machine(Mount(point="/mnt", kind=kind, source=here, device="0:1"))
+
+
+def test_a_place_that_cannot_be_looked_at_outlives_nothing(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert not outlives_machine((tmp_path / "loop").as_uri())
+    assert not outlives_machine(tmp_path.as_uri())
+    assert outlives_machine("s3://bucket/prefix")
 
 
 @pytest.mark.parametrize(
