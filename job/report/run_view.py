@@ -114,9 +114,14 @@ class RunView:
         return self._readable(lambda: trials_wanted(self.folder, asked, method), planned_trials(asked, method))
 
     @cached_property
+    def compared(self) -> Sequence[Trial]:
+        """The trials that the front is drawn from; see `Choice.compared`."""
+        return self.trials if self.choice is None else self.choice.compared(self.trials)
+
+    @cached_property
     def front(self) -> Sequence[Trial]:
         """The Pareto-optimal trials."""
-        return pareto_front(self.trials)
+        return pareto_front(self.compared)
 
     @cached_property
     def rescored(self) -> Sequence[int]:
