@@ -198,7 +198,7 @@ def test_the_edit_found_is_the_edit_that_the_search_measures(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_the_head_reads_of_single_prompts_gives_their_logits_beside_an_edit(family: str) -> None:
-    loaded = loaded_random(family)
+    loaded = loaded_random(family, torch.float32)
     model, variables = loaded.model, some_variables(loaded, 1, 1)
     edits = DifferentiableEdits(loaded, "none", LARGEST)
     forced = ForcedAnswers.of(PROMPTS, ANSWERS, loaded.device)
@@ -211,9 +211,8 @@ def test_what_the_head_reads_of_single_prompts_gives_their_logits_beside_an_edit
     with edits.applied(variables, [0] * len(PROMPTS)):
         edited, beside = answer_logits(model, forced, known).split(len(PROMPTS))
         without = answer_logits(model, forced)
-    torch.testing.assert_close(edited, without, rtol=0, atol=1e-9)
-    # Routers and some other parts compute in float32 in any model.
-    torch.testing.assert_close(beside[forced.real], base[forced.real], rtol=0, atol=1e-5)
+    torch.testing.assert_close(edited, without, rtol=0, atol=5e-5)
+    torch.testing.assert_close(beside[forced.real], base[forced.real], rtol=0, atol=5e-5)
     assert (edited - base)[forced.real].abs().max() > 1e-3
 
 
