@@ -19,8 +19,6 @@ from job.scoring.trial_scorer import TrialScorer
 # In float32 the greedy responses must be the same, except that either of two tokens this close in logits may come
 # first: hooks and edited weights agree to 2e-5 (docs/decisions/0002-edits-are-hooks.md).
 TIE = 1e-3
-# Tokens of each response that are compared: the rest of a hundred responses that begin alike proves nothing more.
-COMPARED_TOKENS = 30
 # In lower precision and in 4 bits, edited weights are rounded and edited outputs are not, so responses may differ;
 # KL and refusals must agree within these bounds.
 KL_BOUND, KL_SHARE = 0.05, 0.25
@@ -81,15 +79,9 @@ class MeasuredEdit:
         return cls(base.responses(intervention.activate([edit])))
 
     @classmethod
-    def by_scores(
-        cls, base: TrialScorer, intervention: Intervention, edit: EditParameters, response_tokens: int
-    ) -> Self:
+    def by_scores(cls, base: TrialScorer, intervention: Intervention, edit: EditParameters) -> Self:
         """Measure the scores that an export with rounded weights must match; hooks must be in place."""
-
-        def measured(rows: int) -> TrialScores:
-            return base.scores(intervention, [edit], rows, response_tokens=response_tokens)[0]
-
-        scores = base.batches.row_limit.fit(measured)
+        scores = base.batches.row_limit.fit(lambda rows: base.scores(intervention, [edit], rows)[0])
         hooked = base.reference.under(base.batches, intervention.activate([edit]))
         return cls(MeasuredScores(scores, base.reference, hooked))
 

@@ -68,7 +68,7 @@ class Problem:
     good: Sequence[list[int]]
     answers: Sequence[list[int]]
     maker: TargetMaker
-    _kept_inputs: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _kept_inputs: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
 
     @classmethod
     def measured(
@@ -201,13 +201,11 @@ class Problem:
         A prompt is read once, when it is first drawn, and alone, so that no batch shows in what is kept. Logits would
         fill the memory if the vocabulary is large.
         """
-        kept = self._kept_inputs
-        for index in (index for index in chosen if index not in kept):
+        for index in (index for index in chosen if index not in self._kept_inputs):
             found = head_inputs(self.loaded.model, self._forced(self.good, self.answers, [index]))
-            if found is None:
-                return None
-            kept[index] = found[0]
-        return pad_sequence([kept[index] for index in chosen], batch_first=True)
+            self._kept_inputs[index] = None if found is None else found[0]
+        inputs = [kept for index in chosen if (kept := self._kept_inputs[index]) is not None]
+        return pad_sequence(inputs, batch_first=True) if len(inputs) == len(chosen) else None
 
     def _forced(
         self, prompts: Sequence[list[int]], answers: Sequence[list[int]], chosen: Sequence[int]

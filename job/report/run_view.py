@@ -197,7 +197,7 @@ class RunView:
         if result is None:
             return []
         asked, words = len(result.prompts.bad_search), self.words
-        searched = search_warnings(self.trials, asked, words) if self.record.searches else []
+        searched = search_warnings(self.trials, asked, words, self.compared) if self.record.searches else []
         # The first objective by default is what the effect is measured by.
         if REFUSALS not in result.chosen.values.objectives:
             return searched

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import ChoiceFigures, FinalistScores, JobRecord, MeasuredFinalists, Trial
-from job.search.bounds import MOST_FINALISTS, Finalist, choose_finalist, may_win, why_chosen
+from job.search.bounds import MOST_FINALISTS, Finalist, are_alike, choose_finalist, may_win, why_chosen
 from job.search.finalists import read_full_counts
 from job.search.pareto import choose, eligible, pareto_front
 from job.storage.atomic import ensure_folder, read_record, write_record
@@ -55,7 +55,7 @@ class Choice:
         ]
 
     def compared(self, trials: Sequence[Trial]) -> Sequence[Trial]:
-        """Return the trials without those that look better only because the beginnings of responses were read.
+        """Return the trials without those that may look better only because the beginnings of responses were read.
 
         They are left out once as many trials are scored at full length as there may be finalists.
         """
@@ -70,10 +70,11 @@ class Choice:
 
     def _seems_better(self, trial: Trial, whole: Trial) -> bool:
         """Return whether a trial, no gentler than one scored at full length, has fewer faults that may be chance."""
-        few, many = (one.values.tallies(self.searched[0]) for one in (trial, whole))
-        fewer = trial.values.faults(self.searched[0]) < whole.values.faults(self.searched[0])
+        prompts = self.searched[0]
+        if trial.values.faults(prompts) >= whole.values.faults(prompts):
+            return False
         gentler = all(one <= other for one, other in zip(whole.values.change, trial.values.change, strict=True))
-        return fewer and gentler and may_win(many, few, self.tolerance)
+        return gentler and are_alike(trial.values.tallies(prompts), whole.values.tallies(prompts))
 
     def unmeasured(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return the finalists to measure before the choice is final, in number order. Raises JobError."""
@@ -86,7 +87,7 @@ class Choice:
         """Return the chosen trial, among measured finalists; by the search's counts without any. Raises JobError."""
         measured = self._pooled(trials) if self.by_bounds else []
         if not measured:
-            return choose(trials, self.searched[0], self.tolerance)
+            return choose(self.compared(trials), self.searched[0], self.tolerance)
         number = choose_finalist(measured, self.tolerance).number
         return next(trial for trial in trials if trial.number == number)
 

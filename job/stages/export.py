@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from job.export.directions_file import write_edit_file
 from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, copy_licences, seal_made, write_weights
 from job.export.reproduction import Reproduction, base_model_name, reproduction
-from job.export.verification import COMPARED_TOKENS, MeasuredEdit, is_exact
+from job.export.verification import MeasuredEdit, is_exact
 from job.lifecycle.running import OpenJob, RunningJob
 from job.model.loading import LoadedModel, load_model
 from job.model.memory import release_memory
@@ -187,27 +187,21 @@ class _Measurement:
 
     def _proven(self, parameters: EditParameters) -> LoadedModel:
         """Reload the export in the base model's place, compared with the edit on the search split."""
-        prompts, length = self.session.prompts, self._compared_tokens
-        before = replace(self.session.scorer.metrics, response_tokens=length)
-        with self._shown("verifying the export", 2 * before.most_tokens):
-            measured = self._measured_edit(parameters, before)
+        prompts = self.session.prompts
+        with self._shown("verifying the export", 2 * self.session.scorer.metrics.most_tokens):
+            measured = self._measured_edit(parameters)
             fresh = self._reloaded()
-            after = self._metrics(fresh, prompts.good_search, prompts.bad_search)
-            found = measured.compare(replace(after, response_tokens=length))
+            found = measured.compare(self._metrics(fresh, prompts.good_search, prompts.bad_search))
         self._job.events.emit("export_proven", f"export verified: {found}")
         return fresh
 
-    @property
-    def _compared_tokens(self) -> int:
-        return min(self._job.settings.scoring.answer_tokens, COMPARED_TOKENS)
-
-    def _measured_edit(self, parameters: EditParameters, metrics: ReportMetrics) -> MeasuredEdit:
-        """Measure on the search split what the reloaded export must agree with; `metrics` are the base model's."""
+    def _measured_edit(self, parameters: EditParameters) -> MeasuredEdit:
+        """Measure on the search split what the reloaded export must agree with."""
         session, model = self.session, self.session.model
         keeps_precision = self.form == "adapter" or Checkpoint(model.folder).keeps(model.architecture, torch.float32)
         if keeps_precision and is_exact(model):
-            return MeasuredEdit.by_responses(metrics, session.hooks, parameters)
-        return MeasuredEdit.by_scores(session.scorer.trials, session.hooks, parameters, self._compared_tokens)
+            return MeasuredEdit.by_responses(session.scorer.metrics, session.hooks, parameters)
+        return MeasuredEdit.by_scores(session.scorer.trials, session.hooks, parameters)
 
     def _reloaded(self) -> LoadedModel:
         base, job = self.session.model, self._job

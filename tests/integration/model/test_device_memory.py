@@ -52,9 +52,9 @@ def test_an_export_is_proven_by_smaller_forwards(random_model_folder: Path) -> N
     scorer = trial_scorer(random_model_folder)
     model = scorer.batches.loaded.model
     with Intervention(model, scorer.batches.loaded.architecture, basis_for(model), "none") as hooks:
-        expected = MeasuredEdit.by_scores(scorer, hooks, EDITS[0], 8).expected
+        expected = MeasuredEdit.by_scores(scorer, hooks, EDITS[0]).expected
         with Short(lambda name, *_: name == "linear", CUBLAS) as short:
-            found = MeasuredEdit.by_scores(scorer, hooks, EDITS[0], 8).expected
+            found = MeasuredEdit.by_scores(scorer, hooks, EDITS[0]).expected
     assert short.left == 0
     assert isinstance(found, MeasuredScores)
     assert isinstance(expected, MeasuredScores)
