@@ -60,6 +60,8 @@ THIS, TOOLS = "this tool", ("this", "heretic")
 SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # An edit with at most this refusal rate counts as found.
 FEW_REFUSALS = 0.02
+# Nats; above it, responses to other prompts are clearly other ones.
+USABLE_KL = 0.1
 SAMPLE_SECONDS = 0.2
 BEGIN, END = "<!-- benchmarks.real: begin -->", "<!-- benchmarks.real: end -->"
 UNEQUAL = f"""\
@@ -134,9 +136,15 @@ class Run:
         """Return the hypervolume of the trials finished within `seconds` of the start."""
         return hypervolume((one.refusals, one.kl) for one in self.points if one.seconds <= seconds)
 
-    def first_edit(self) -> float | None:
-        """Return the seconds to the first trial with few refusals, None if there is none."""
-        return min((one.seconds for one in self.points if one.refusals <= FEW_REFUSALS), default=None)
+    def first_edit(self, most_kl: float = float("inf")) -> float | None:
+        """Return the seconds to the first trial with few refusals and at most this KL, None if there is none."""
+        found = (one.seconds for one in self.points if one.refusals <= FEW_REFUSALS and one.kl <= most_kl)
+        return min(found, default=None)
+
+    def least_kl(self, seconds: float = float("inf")) -> float | None:
+        """Return the lowest KL of the trials with few refusals finished within `seconds`, None without any."""
+        found = (one.kl for one in self.points if one.refusals <= FEW_REFUSALS and one.seconds <= seconds)
+        return min(found, default=None)
 
 
 class PeakMemory:
@@ -285,10 +293,14 @@ def table(groups: dict[str, list[Run]], minutes: Sequence[float]) -> list[str]:
     lines = [" | ".join(["| ", *(tool for tool, _ in columns)]) + " |", "|---|" + "---:|" * len(columns)]
     few = f"≤ {100 * FEW_REFUSALS:.0f} % refusals"
     lines.append(row(f"minutes to the first edit with {few}", lambda run: _minutes(run.first_edit()), ".1f"))
+    usable = f"minutes to the first edit with {few} and KL ≤ {USABLE_KL:g}"
+    lines.append(row(usable, lambda run: _minutes(run.first_edit(USABLE_KL)), ".1f"))
     for mark in minutes:
         after = f"after {mark:g} min"
+        lines.append(row(f"lowest KL with {few} {after}", lambda run, mark=mark: run.least_kl(60 * mark), ".2g"))  # type: ignore[misc]
         lines.append(row(f"hypervolume {after}", lambda run, mark=mark: run.volume(60 * mark), ".3f"))  # type: ignore[misc]
         lines.append(row(f"trials {after}", trials_of(60 * mark), ".0f"))
+    lines.append(row(f"lowest KL with {few} of the whole search", Run.least_kl, ".2g"))
     lines.append(row("hypervolume of the whole search", lambda run: run.volume(), ".3f"))
     lines.append(row("trials of the whole search", lambda run: len(run.points), ".0f"))
     lines.append(row("seconds a trial", lambda run: run.search_s / run.conditions.trials, ".1f"))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 from torch import Tensor
 from torch.autograd import backward
+from torch.nn.utils.rnn import pad_sequence
 
 from job.data.prompts import Prompt
 from job.generation.answer import Answer
 from job.gradient.hooks import DifferentiableEdits
-from job.gradient.reading import ForcedAnswers, answer_logits
+from job.gradient.reading import ForcedAnswers, answer_logits, head_inputs
 from job.gradient.recipe import Recipe
 from job.gradient.targets import TargetMaker, refusal_only
 from job.model.loading import LoadedModel
@@ -67,6 +68,7 @@ class Problem:
     good: Sequence[list[int]]
     answers: Sequence[list[int]]
     maker: TargetMaker
+    _kept_inputs: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
 
     @classmethod
     def measured(
@@ -181,13 +183,29 @@ class Problem:
         return -together / forced.real.sum(-1)
 
     def _divergences(self, variables: EditVariables, chosen: Sequence[int]) -> Tensor:
-        forced = self._forced(self.good, self.answers, chosen)
-        # Read again at every step: kept for all prompts, a large vocabulary's logits would fill the memory.
-        with torch.no_grad():
-            base = answer_logits(self.loaded.model, forced)
-        with self.edits.applied(variables, [0] * len(chosen)):
-            logits = answer_logits(self.loaded.model, forced)
-        return answer_divergence(base, logits, forced.real)
+        model, forced = self.loaded.model, self._forced(self.good, self.answers, chosen)
+        known = self._base_inputs(chosen)
+        if known is None:
+            with torch.no_grad():
+                base = answer_logits(model, forced)
+            with self.edits.applied(variables, [0] * len(chosen)):
+                logits = answer_logits(model, forced)
+        else:
+            with self.edits.applied(variables, [0] * len(chosen)):
+                logits, base = answer_logits(model, forced, known).split(len(chosen))
+        return answer_divergence(base.detach(), logits, forced.real)
+
+    def _base_inputs(self, chosen: Sequence[int]) -> Tensor | None:
+        """Return what the base model's head reads to predict its responses, [n, a, d], None if that cannot be kept.
+
+        A prompt is read once, when it is first drawn, and alone, so that no batch shows in what is kept. Logits would
+        fill the memory if the vocabulary is large.
+        """
+        for index in (index for index in chosen if index not in self._kept_inputs):
+            found = head_inputs(self.loaded.model, self._forced(self.good, self.answers, [index]))
+            self._kept_inputs[index] = None if found is None else found[0]
+        inputs = [kept for index in chosen if (kept := self._kept_inputs[index]) is not None]
+        return pad_sequence(inputs, batch_first=True) if len(inputs) == len(chosen) else None
 
     def _forced(
         self, prompts: Sequence[list[int]], answers: Sequence[list[int]], chosen: Sequence[int]

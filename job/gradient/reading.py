@@ -51,33 +51,49 @@ class ForcedAnswers:
         return cls(*(tensor.to(device) for tensor in tensors))
 
 
-def answer_logits(model: PreTrainedModel, forced: ForcedAnswers) -> Tensor:
+def answer_logits(model: PreTrainedModel, forced: ForcedAnswers, beside: Tensor | None = None) -> Tensor:
     """Return the logits that predict the responses' tokens, [n, a, vocabulary], at least float32.
 
-    The head computes no others: those of all positions would be by far the largest tensor of a step.
+    The head computes no others: those of all positions would be by far the largest tensor of a step. `beside` [m, a, d]
+    are further inputs of the head, as `head_inputs` returns them; their logits follow, [n + m, a, vocabulary].
     """
-    known = arguments(model)
-    positions = torch.arange(forced.tokens.shape[1], device=forced.tokens.device).expand_as(forced.tokens)
-    given: dict[str, Any] = {"position_ids": positions} if "position_ids" in known else {}
-    with _head_at(model, forced.places) as gathered:
-        output = model(input_ids=forced.tokens, attention_mask=forced.mask, use_cache=False, **given)
-    logits: Tensor = output.logits
+    logits, gathered = _forward(model, forced, beside)
     if not gathered:
         logits = logits[torch.arange(len(logits), device=logits.device)[:, None], forced.places.to(logits.device)]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+@torch.no_grad()
+def head_inputs(model: PreTrainedModel, forced: ForcedAnswers) -> Tensor | None:
+    """Return the head's inputs at the responses' positions, [n, a, d], None if its module does not compute all logits.
+
+    They take d numbers a position where logits take the vocabulary's size.
+    """
+    _, gathered = _forward(model, forced, None)
+    return gathered[0] if len(gathered) == 1 else None
+
+
+def _forward(model: PreTrainedModel, forced: ForcedAnswers, beside: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Return the model's logits, and its head's inputs at the responses' positions for each call of the head."""
+    positions = torch.arange(forced.tokens.shape[1], device=forced.tokens.device).expand_as(forced.tokens)
+    given: dict[str, Any] = {"position_ids": positions} if "position_ids" in arguments(model) else {}
+    with _head_at(model, forced.places, beside) as gathered:
+        output = model(input_ids=forced.tokens, attention_mask=forced.mask, use_cache=False, **given)
+    return output.logits, gathered
+
+
 @contextmanager
-def _head_at(model: PreTrainedModel, places: Tensor) -> Iterator[list[bool]]:
-    """Restrict the head to some positions of every row; yield a list that is empty until it has run."""
+def _head_at(model: PreTrainedModel, places: Tensor, beside: Tensor | None) -> Iterator[list[Tensor]]:
+    """Restrict the head to some positions of every row, and to `beside`; yield a list of those inputs of its calls."""
     head = model.get_output_embeddings()
-    seen: list[bool] = []
+    seen: list[Tensor] = []
 
     def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0]
-        seen.append(True)
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-        return (hidden[rows, places.to(hidden.device)], *inputs[1:])
+        seen.append(hidden[rows, places.to(hidden.device)])
+        there = seen[-1] if beside is None else torch.cat([seen[-1], beside.to(seen[-1])])
+        return (there, *inputs[1:])
 
     if head is None:
         yield seen

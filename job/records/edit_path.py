@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from job.records.base import Record
 from job.records.edits import Component, LayerStrengths
+
+Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class PathStage(Record):
@@ -32,6 +34,7 @@ class EditPath(Record):
 
     Attributes:
         largest: λ_max.
+        scales: Range of the scales of the components' strengths; None for the narrower one of former versions.
         directions: SHA-256 of the learned directions, one set per stage; None if layers keep the basis.
         failed: Why there is no path and the search uses TPE; None if there is one.
     """
@@ -39,6 +42,7 @@ class EditPath(Record):
     version: Literal[1] = 1
     key: str
     largest: float = Field(gt=0)
+    scales: tuple[Scale, Scale] | None = None
     prompts: int
     stages: tuple[PathStage, ...]
     directions: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from job.export import benchmarks, model_card, scorecard
 from job.report import charts, sections, tables
 from job.report.run_view import RunView
-from job.search.pareto import pareto_front
 from job.text.divergence import kl_in_words, kl_scale, moved_share
 from job.text.durations import duration_text
 from job.text.intervals import interval_text
@@ -23,7 +22,6 @@ def report_page(story: RunView, *, private: bool = False) -> str:
         card_texts=model_card,
         benchmark_texts=benchmarks,
         scorecard=scorecard,
-        pareto_front=pareto_front,
         interval_text=interval_text,
         kl_in_words=kl_in_words,
         kl_scale=kl_scale,

@@ -69,7 +69,7 @@ def _draw_figures(canvas: Canvas, view: RunView, result: RunResult) -> None:
 
 
 def _draw_front(canvas: Canvas, view: RunView, result: RunResult) -> None:
-    chart = front_chart(view.trials, result.chosen, view.searched_base, len(result.prompts.bad_search), view.words)
+    chart = front_chart(view.compared, result.chosen, view.searched_base, len(result.prompts.bad_search), view.words)
     left, top, right, bottom = _CHART
     canvas.frame(_CHART, GRID)
     for value, text in chart.x.ticks:

@@ -114,9 +114,14 @@ class RunView:
         return self._readable(lambda: trials_wanted(self.folder, asked, method), planned_trials(asked, method))
 
     @cached_property
+    def compared(self) -> Sequence[Trial]:
+        """The trials that the front is drawn from; see `Choice.compared`."""
+        return self.trials if self.choice is None else self.choice.compared(self.trials)
+
+    @cached_property
     def front(self) -> Sequence[Trial]:
         """The Pareto-optimal trials."""
-        return pareto_front(self.trials)
+        return pareto_front(self.compared)
 
     @cached_property
     def rescored(self) -> Sequence[int]:
@@ -192,7 +197,7 @@ class RunView:
         if result is None:
             return []
         asked, words = len(result.prompts.bad_search), self.words
-        searched = search_warnings(self.trials, asked, words) if self.record.searches else []
+        searched = search_warnings(self.trials, asked, words, self.compared) if self.record.searches else []
         # The first objective by default is what the effect is measured by.
         if REFUSALS not in result.chosen.values.objectives:
             return searched

@@ -99,6 +99,11 @@ def may_win(tallies: Sequence[tuple[float, int]], fewest: Sequence[tuple[float, 
     return _shares(tallies, _CHANCE)[0] <= _shares(fewest, _CHANCE)[1] + tolerance
 
 
+def are_alike(fewer: Sequence[tuple[float, int]], more: Sequence[tuple[float, int]]) -> bool:
+    """Return whether the larger of two tallies of faults is within a standard error of each of the smaller."""
+    return _shares(more, BOUND)[0] <= _shares(fewer, BOUND)[1]
+
+
 def choose_finalist(finalists: Sequence[Finalist], tolerance: float) -> Finalist:
     """Return the finalist of the least bound of change among those within `tolerance` of the lowest bound of faults."""
     least = min(one.faults_bound for one in finalists)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import ChoiceFigures, FinalistScores, JobRecord, MeasuredFinalists, Trial
-from job.search.bounds import MOST_FINALISTS, Finalist, choose_finalist, may_win, why_chosen
+from job.search.bounds import MOST_FINALISTS, Finalist, are_alike, choose_finalist, may_win, why_chosen
+from job.search.finalists import read_full_counts
 from job.search.pareto import choose, eligible, pareto_front
 from job.storage.atomic import ensure_folder, read_record, write_record
 from job.storage.run_folder import RunFolder
@@ -25,6 +26,7 @@ class Choice:
         tolerance: Share of unanswered prompts, `choice.refusal_tolerance`.
         searched: Bad and good prompts of the search.
         held_out: Bad prompts held out for the choice.
+        counted: Numbers of the trials scored at full length; empty where the search does so itself.
         measured: Finalists' scores by trial number.
         words: The behaviour in words.
     """
@@ -33,6 +35,7 @@ class Choice:
     tolerance: float
     searched: tuple[int, int]
     held_out: int = 0
+    counted: frozenset[int] = frozenset()
     measured: Mapping[int, FinalistScores] = field(default_factory=dict)
     words: BehaviourWords = REFUSAL_WORDS
 
@@ -40,7 +43,7 @@ class Choice:
         """Return the trials that may be chosen, on the front. Raises JobError if every trial failed."""
         if not self.by_bounds:
             return eligible(trials, self.searched[0], self.tolerance)
-        front = pareto_front(trials)
+        front = pareto_front(self.compared(trials))
         if not front:
             raise JobError("every trial failed", remedy="see the reasons in events.jsonl")
         prompts = self.searched[0]
@@ -50,6 +53,28 @@ class Choice:
         return [
             trial for trial in front[:MOST_FINALISTS] if may_win(trial.values.tallies(prompts), fewest, self.tolerance)
         ]
+
+    def compared(self, trials: Sequence[Trial]) -> Sequence[Trial]:
+        """Return the trials without those that may look better only because the beginnings of responses were read.
+
+        They are left out once as many trials are scored at full length as there may be finalists.
+        """
+        if not self.by_bounds or len(self.counted) < MOST_FINALISTS:
+            return trials
+        counted = [trial for trial in trials if trial.number in self.counted]
+        return [
+            trial
+            for trial in trials
+            if trial.number in self.counted or not any(self._seems_better(trial, whole) for whole in counted)
+        ]
+
+    def _seems_better(self, trial: Trial, whole: Trial) -> bool:
+        """Return whether a trial, no gentler than one scored at full length, has fewer faults that may be chance."""
+        prompts = self.searched[0]
+        if trial.values.faults(prompts) >= whole.values.faults(prompts):
+            return False
+        gentler = all(one <= other for one, other in zip(whole.values.change, trial.values.change, strict=True))
+        return gentler and are_alike(trial.values.tallies(prompts), whole.values.tallies(prompts))
 
     def unmeasured(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return the finalists to measure before the choice is final, in number order. Raises JobError."""
@@ -62,7 +87,7 @@ class Choice:
         """Return the chosen trial, among measured finalists; by the search's counts without any. Raises JobError."""
         measured = self._pooled(trials) if self.by_bounds else []
         if not measured:
-            return choose(trials, self.searched[0], self.tolerance)
+            return choose(self.compared(trials), self.searched[0], self.tolerance)
         number = choose_finalist(measured, self.tolerance).number
         return next(trial for trial in trials if trial.number == number)
 
@@ -76,7 +101,7 @@ class Choice:
 
     def _gentler(self, trials: Sequence[Trial], number: int) -> str:
         """Describe the next gentler trial on the front, which was no finalist; "" if there is none."""
-        front = sorted(pareto_front(trials), key=lambda trial: trial.values.change, reverse=True)
+        front = sorted(pareto_front(self.compared(trials)), key=lambda trial: trial.values.change, reverse=True)
         after = front[[trial.number for trial in front].index(number) + 1 :]
         rest = [trial for trial in after if trial.number not in self.measured]
         if not rest:
@@ -127,6 +152,7 @@ def job_choice(folder: RunFolder, record: JobRecord, prompts: PromptSets, tolera
         tolerance=tolerance,
         searched=(len(prompts.bad_search), len(prompts.good_search)),
         held_out=len(prompts.bad_choice),
+        counted=frozenset(read_full_counts(folder).refusals),
         measured={number: scores for number, scores in measured.scores.items() if _fits(scores, prompts)},
         words=words_in(record.settings),
     )

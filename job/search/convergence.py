@@ -26,9 +26,17 @@ def hypervolume(points: Iterable[tuple[float, float]]) -> float:
     return area
 
 
-def search_warnings(trials: Sequence[Trial], prompts: int, words: BehaviourWords = REFUSAL_WORDS) -> list[str]:
-    """Return warnings about a search's front, [] if it is too short; `prompts` is the number of bad prompts."""
-    usable = [trial for trial in trials if trial.values.reason is None]
+def search_warnings(
+    trials: Sequence[Trial],
+    prompts: int,
+    words: BehaviourWords = REFUSAL_WORDS,
+    compared: Sequence[Trial] | None = None,
+) -> list[str]:
+    """Return warnings about a search's front, [] if it is too short.
+
+    `prompts` is the number of bad prompts; `compared` are the trials that the front is drawn from, None for all.
+    """
+    usable = [trial for trial in (trials if compared is None else compared) if trial.values.reason is None]
     if len(trials) < LEAST_TRIALS or not usable:
         return []
     counts = {trial.values.faults(prompts) for trial in usable}
@@ -40,7 +48,7 @@ def search_warnings(trials: Sequence[Trial], prompts: int, words: BehaviourWords
             f"the front is flat: every edit leaves {counts.pop():g} of {prompts} {left}; "
             "the direction may not mediate the behaviour, or the markers may not detect it"
         ]
-    before, after = (hypervolume(_points(found, prompts)) for found in (_before_last_third(trials), usable))
+    before, after = (hypervolume(_points(found, prompts)) for found in (_before_last_third(trials, usable), usable))
     if after - before > MOST_GAIN * after:
         return [
             f"the search has not converged: its last third added {100 * (1 - before / after):.0f} % of the area that "
@@ -67,8 +75,9 @@ def effect_warnings(base: Figures, edited: Figures, words: BehaviourWords = REFU
     return found
 
 
-def _before_last_third(trials: Sequence[Trial]) -> list[Trial]:
-    return [trial for trial in trials[: len(trials) * 2 // 3] if trial.values.reason is None]
+def _before_last_third(trials: Sequence[Trial], usable: Sequence[Trial]) -> list[Trial]:
+    early = {trial.number for trial in trials[: len(trials) * 2 // 3]}
+    return [trial for trial in usable if trial.number in early]
 
 
 def _points(trials: Iterable[Trial], prompts: int) -> list[tuple[float, float]]:

@@ -1,10 +1,9 @@
 """Score finalists again on full-length responses.
 
 The search may read only the beginnings of responses, and skips the incoherence test. A marker or breakage in the
-beginning also counts in the whole, so a full count is never lower. It therefore suffices to count candidates for the
-choice until none is left uncounted: they are then the same as among full counts of all trials. Other objectives may
-find less in a whole response than in its beginning; a trial that only its whole responses would make a candidate is
-then missed.
+beginning also counts in the whole, so a full count is never lower. Candidates for the choice are counted until none is
+left that may be better than those counted. Other objectives may find less in a whole response than in its beginning; a
+trial that only its whole responses would make a candidate is then missed.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from job.data.prompts import PromptSets
@@ -34,7 +35,8 @@ def uncounted(job: OpenJob, trials: Sequence[Trial], choice: Choice, counts: Ful
     if scoring.effective_search_tokens == scoring.answer_tokens and scoring.gibberish is None:
         return []
     most = max(batch, MOST_FINALISTS) if choice.by_bounds else batch
-    return next_to_rescore(trials, counts, choice.candidates, most)
+    so_far = replace(choice, counted=frozenset(counts.refusals))
+    return next_to_rescore(trials, counts, so_far.candidates, most)
 
 
 def finalists_left(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> bool:

@@ -32,9 +32,8 @@ class FinalistEvaluator:
 
     def settled(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return all trials, finalists with full-length counts, once the choice is final. Raises MachineError."""
-        choice = choice_of(self.job, self.session.prompts)
-        trials = self._counted(trials, choice)
-        self._measure(trials, choice)
+        trials = self._counted(trials, choice_of(self.job, self.session.prompts))
+        self._measure(trials, choice_of(self.job, self.session.prompts))
         return trials
 
     def _counted(self, trials: Sequence[Trial], choice: Choice) -> list[Trial]:

@@ -25,6 +25,7 @@ from job.report.results import trials_so_far
 from job.scoring.prompt_batches import PromptBatches
 from job.scoring.trial_scorer import TrialScorer
 from job.search.method import planned_method
+from job.search.path import SCALES
 from job.stages.model import worker_count
 from job.stages.session import ModelSession
 from job.storage.atomic import ensure_folder, write_record
@@ -165,6 +166,7 @@ class _Finder:
         return EditPath(
             key=self._key,
             largest=recipe.largest,
+            scales=SCALES,
             prompts=len(self._bad[1]),
             stages=tuple(
                 PathStage(

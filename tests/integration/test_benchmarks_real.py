@@ -24,6 +24,9 @@ def test_figures_by_hand() -> None:
     assert RUN.volume(100) == pytest.approx(0.5 * 0.8 + 0.48 * 0.5)
     assert RUN.volume() == RUN.volume(1e9) == pytest.approx(0.64)  # a KL of 1 dominates nothing
     assert RUN.first_edit() == 90.0
+    assert RUN.first_edit(most_kl=0.4) is None
+    assert RUN.least_kl() == 0.5
+    assert RUN.least_kl(89.0) is None
     fruitless = dataclasses.replace(RUN, points=POINTS[:2])
     assert fruitless.first_edit() is None
 
@@ -47,6 +50,8 @@ def test_the_table_has_medians_and_leaves_out_a_tool_without_runs() -> None:
     lines = table({"this tool": [RUN, slower, RUN], "heretic 1.4.0": []}, [0.5, 2])
     assert lines[0] == "|  | this tool |"
     assert "| minutes to the first edit with ≤ 2 % refusals | 1.5 (2 of 3 runs) |" in lines
+    assert "| minutes to the first edit with ≤ 2 % refusals and KL ≤ 0.1 | none |" in lines
+    assert "| lowest KL with ≤ 2 % refusals after 2 min | 0.5 (2 of 3 runs) |" in lines
     assert "| hypervolume after 0.5 min | 0.400 |" in lines
     assert "| trials after 2 min | 3 |" in lines
     assert "| minutes of the whole job | 3.3 |" in lines

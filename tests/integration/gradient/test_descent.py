@@ -13,6 +13,7 @@ from job.config.load import default_values
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals, read_tensors
 from job.edits.hooks import ActiveEdits, Intervention
+from job.gradient import problem as problems
 from job.gradient.descent import Descent, DescentState, StageEnd, gradient_fault, worth_keeping
 from job.gradient.hooks import DifferentiableEdits
 from job.gradient.problem import LossWeights, Problem
@@ -121,6 +122,18 @@ def test_a_step_lowers_the_loss_and_memory_does_not_change_its_gradients(case: C
     ahead = EditVariables(variables.logits - 0.05 * gradients.logits.sign(), variables.directions)
     assert case.problem.loss(ahead, 0, weights, 8) < whole
     assert gradient_fault(case.problem, case.start, weights, pytest.fail) is None
+
+
+def test_a_model_whose_heads_inputs_cannot_be_kept_has_the_same_gradients(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = LossWeights(10.0, 0.02)
+    variables = EditVariables(torch.full_like(case.start.variables.logits, -1.0), case.start.variables.directions)
+    gradients, losses = case.problem.gradients(variables, 0, weights, 8)
+    monkeypatch.setattr(problems, "head_inputs", lambda *_: None)
+    again, others = dataclasses.replace(case.problem, _kept_inputs={}).gradients(variables, 0, weights, 8)
+    torch.testing.assert_close(again.logits, gradients.logits, rtol=1e-3, atol=1e-5)
+    assert others.divergence == pytest.approx(losses.divergence, rel=1e-4)
 
 
 @pytest.mark.parametrize("after", [1, 4, 5])

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -26,7 +27,7 @@ from job.architectures.tiny_model import small_twin
 from job.edits.hooks import Intervention
 from job.generation.forward import RowTrials, first_logits
 from job.gradient.hooks import DifferentiableEdits
-from job.gradient.reading import ForcedAnswers, answer_logits
+from job.gradient.reading import ForcedAnswers, answer_logits, head_inputs
 from job.model.loading import LoadedModel
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis, DirectionPath
@@ -193,6 +194,26 @@ def test_the_edit_found_is_the_edit_that_the_search_measures(
         rows = RowTrials(torch.arange(2).repeat_interleave(4), intervention.activate(parameters))
         measured = first_logits(loaded.model, prompts, rows)
     torch.testing.assert_close(found, measured, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_head_reads_of_single_prompts_gives_their_logits_beside_an_edit(family: str) -> None:
+    loaded = loaded_random(family, torch.float32)
+    model, variables = loaded.model, some_variables(loaded, 1, 1)
+    edits = DifferentiableEdits(loaded, "none", LARGEST)
+    forced = ForcedAnswers.of(PROMPTS, ANSWERS, loaded.device)
+    alone = [
+        head_inputs(model, ForcedAnswers.of([prompt], [answer], loaded.device))
+        for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
+    ]
+    known = pad_sequence([inputs[0] for inputs in alone if inputs is not None], batch_first=True)
+    base = answer_logits(model, forced)
+    with edits.applied(variables, [0] * len(PROMPTS)):
+        edited, beside = answer_logits(model, forced, known).split(len(PROMPTS))
+        without = answer_logits(model, forced)
+    torch.testing.assert_close(edited, without, rtol=0, atol=5e-5)
+    torch.testing.assert_close(beside[forced.real], base[forced.real], rtol=0, atol=5e-5)
+    assert (edited - base)[forced.real].abs().max() > 1e-3
 
 
 def test_the_head_computes_the_answers_positions_alone_and_padding_changes_nothing() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+from optuna.distributions import FloatDistribution
 from pydantic import ValidationError
 
 from job.records import EditParameters
 from job.records.edit_path import EditPath, PathStage
-from job.search.path import POSITION, PathSpace
+from job.search.path import POSITION, SCALES, PathSpace
 
 
 def stage(attention: float, mlp: float) -> PathStage:
@@ -23,6 +24,7 @@ def path(directions: str | None = "1" * 64) -> EditPath:
         largest=1.5,
         prompts=20,
         stages=(stage(2.0, -2.0), stage(1.0, -3.0), stage(0, -4.0)),
+        scales=SCALES,
         directions=directions,
     )
 
@@ -46,12 +48,36 @@ def test_the_known_points_are_the_stages_as_they_ended_the_gentlest_first() -> N
     space = PathSpace(path())
     ranges = space.distributions()
     points = space.known_points()
-    assert [point[POSITION] for point in points] == [2.0, 1.0, 0.0]
+    assert [point[POSITION] for point in points] == [2.0, 1.0, 0.0, 2.0]
+    assert [point["mlp.scale"] for point in points] == [1.0, 1.0, 1.0, 2.0]
     assert all(ranges[name]._contains(value) for point in points for name, value in point.items())
     assert all(point.keys() == ranges.keys() for point in points)
     strengths = space.edit(points[0]).layer_strengths
     assert strengths is not None
     assert strengths["attention"][0] == (0.75,)
+
+
+def test_strengths_are_at_most_the_largest() -> None:
+    strengths = PathSpace(path()).edit(params(0.0, 2.0, 2.0)).layer_strengths
+    assert strengths is not None
+    assert strengths["attention"][0] == (1.5,)  # 2.64 without the bound
+    assert strengths["mlp"][0][0] == pytest.approx(3.0 / (1 + math.exp(2.0)))
+
+
+def test_a_path_of_a_former_version_keeps_its_range() -> None:
+    former = path().model_dump(exclude={"scales"})
+    space = PathSpace(EditPath.model_validate(former))
+    assert space.distributions()["mlp.scale"] == FloatDistribution(0.4, 1.2)
+    assert [point["mlp.scale"] for point in space.known_points()] == [1.0, 1.0, 1.0]
+    strengths = space.edit(params(0.0, 1.2)).layer_strengths
+    assert strengths is not None
+    assert strengths["attention"][0][0] == pytest.approx(1.8 / (1 + math.exp(-2.0)))
+
+
+@pytest.mark.parametrize("scales", [(0.0, 2.0), (-1.0, 2.0), (0.4, math.inf), (0.4,)])
+def test_a_range_of_scales_that_is_none_is_refused(scales: tuple[float, ...]) -> None:
+    with pytest.raises(ValidationError):
+        EditPath.model_validate({**path().model_dump(), "scales": scales})
 
 
 @pytest.mark.parametrize(
