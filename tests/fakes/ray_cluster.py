@@ -22,19 +22,20 @@ TOKEN = secrets.token_hex(32)
 class RayCluster:
     """A token-protected cluster of a head and added nodes."""
 
-    def __init__(self, **options: Any) -> None:
-        """Set the head's options, as `ray start` names them."""
+    def __init__(self, port: int | None = None, **options: Any) -> None:
+        """Set the head's port (a free one by default) and options, as `ray start` names them."""
         self._place = tempfile.TemporaryDirectory(prefix="ray-")
         self._options = options
         self.nodes: list[subprocess.Popen[str]] = []
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+            self.port = port or probe.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
         self.env = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # otherwise actors get no CPU on a busy machine
             "RAY_health_check_period_ms": "500",
             "RAY_health_check_failure_threshold": "3",
         }

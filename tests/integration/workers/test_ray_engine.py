@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from job.errors import MachineError, UsageError
 from job.preflight.rental_checks import cluster_check
 from job.storage.events import Events
 from job.workers import ray_engine
-from job.workers.executor import Executor
+from job.workers.executor import HANG_SECONDS, Executor
 from job.workers.ray_engine import RayEngine
 from job.workers.worker import WorkerLost, WorkerOutOfMemory
 from tests.fakes.evaluations import Do, Doing
@@ -110,6 +111,34 @@ def test_an_actor_that_is_killed_is_replaced(engine: RayEngine, cluster: RayClus
         squares(executor)
         wait_until(lambda: [one.pid for one in cluster.actors()] not in ([], [actor.pid]))
         squares(executor)
+
+
+def test_an_actor_that_is_stopped_is_replaced_after_a_measured_time(
+    engine: RayEngine, cluster: RayCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def here(task: Do) -> int:
+        time.sleep(0.1)  # a hundred times an actor's time: one that is well is not given up
+        return os.getpid()
+
+    with Executor(engine, Events(), hang_seconds=0.0) as executor:
+        executor.open(Doing(), "abacus")
+        actor = None
+        deadline = time.monotonic() + 60
+        while actor is None and time.monotonic() < deadline:
+            seen = set(executor.evaluate(fresh("pid", 4), here)) - {os.getpid()}
+            actor = psutil.Process(seen.pop()) if seen else None
+        assert actor is not None
+        actor.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        # The stopped actor gets one of the tasks: nothing says that it will not answer.
+        assert actor.pid not in executor.evaluate(fresh("pid", 4), here)
+        assert 20 * 0.1 <= time.monotonic() - stopped < HANG_SECONDS / 2
+        assert psutil.wait_procs([actor], timeout=20)[1] == []
+        wait_until(lambda: [one.pid for one in cluster.actors()] not in ([], [actor.pid]))
+        squares(executor)
+    lost = re.findall(r"worker 1 has hung: no result after (\d+) s", capsys.readouterr().err)
+    assert lost
+    assert all(2 <= int(seconds) < HANG_SECONDS / 2 for seconds in lost)
 
 
 @pytest.mark.full("workers")
