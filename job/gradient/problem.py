@@ -142,6 +142,12 @@ class Problem:
         backward(weights.sparsity * watched.strengths(self.recipe.largest).mean())
         return watched.gradients(), Losses(refusal, divergence)
 
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest row that `read_longest` reads."""
+        pairs = (*zip(self.bad, self.refusals, strict=True), *zip(self.good, self.answers, strict=True))
+        return max(len(prompt) + len(answer) - 1 for prompt, answer in pairs)
+
     def read_longest(self, variables: EditVariables) -> None:
         """Compute gradients of the longest prompts, one row a forward: a step's memory per row."""
         watched = variables.with_gradients()

@@ -63,6 +63,7 @@ NAMES = frozenset(
         "gpu.compute",
         "model.dtype",
         "gpu.memory",
+        "gpu.gradient",
         "target",
         "target.local",
         "target.hf",

@@ -8,6 +8,7 @@ from job.preflight.checks import Check, guarded
 from job.preflight.data_checks import DataFindings
 from job.preflight.disk import DiskSpeed, disk_checks
 from job.preflight.estimate import cost_check, time_check
+from job.preflight.gradient_memory import gradient_check
 from job.preflight.inputs import PreflightInputs
 from job.preflight.machine_checks import MachineFindings
 from job.preflight.memory_plan import MemoryPlan, Refusal, differences, memory_check, plan
@@ -39,6 +40,10 @@ def conclude(inputs: PreflightInputs, model: ModelFindings, data: DataFindings, 
     memory_plan = planned if isinstance(planned, MemoryPlan) else None
     hours = None
     if memory_plan is not None:
+        descent = planning.descent(memory_plan, inputs.earlier)
+        if descent is not None:
+            memory_plan = memory_plan.model_copy(update={"gradient": descent})
+            checks.append(gradient_check(descent, inputs.settings.search.asked_method))
         hours = planning.hours(
             memory_plan,
             reading=machine.reading,

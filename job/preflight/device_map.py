@@ -16,6 +16,8 @@ from job.records import Record
 CONTEXT_BYTES = 600 * MIB
 # What the allocator loses to fragmentation, as a share of what comes and goes.
 FRAGMENTATION = 0.1
+# Share of the RAM that the job may take where the model is on the CPU or offloaded to it.
+RAM_SHARE = 0.8
 # Steps of the search for the evenest filling; 2⁻²⁰ of a device is less than a layer.
 _STEPS = 20
 

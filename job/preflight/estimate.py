@@ -26,6 +26,7 @@ class PhaseWork(Record):
         generated_prompts: Prompts that a trial answers.
         compared_prompts: Prompts whose first response token a trial compares.
         gradient_stages: Stages of the descent before the search; 0 without one.
+        gradient_rows: Prompts per forward of the descent; 0: as many as a step reads of a kind.
         finalist_answers: Prompts that all finalists answer, by responses of `finalist_tokens` tokens.
     """
 
@@ -36,6 +37,7 @@ class PhaseWork(Record):
     generated_prompts: int
     compared_prompts: int
     gradient_stages: int = 0
+    gradient_rows: int = 0
     prompt_tokens: float
     answer_tokens: float
     trials: int
@@ -122,9 +124,14 @@ def estimate(task: PhaseWork, rates: Rates) -> Hours:
 
 
 def _descent(task: PhaseWork, rates: Rates) -> float:
-    """Return the seconds of the descent: a step reads prompts of both kinds, forward, again and backward."""
+    """Return the seconds of the descent: a step reads prompts of both kinds, forward, again and backward.
+
+    With frozen weights a backward takes the operations of one forward.
+    """
     recipe = Recipe()
-    read = task.model_copy(update={"rows": recipe.batch, "prompt_tokens": task.prompt_tokens + recipe.kl_tokens})
+    read = task.model_copy(
+        update={"rows": task.gradient_rows or recipe.batch, "prompt_tokens": task.prompt_tokens + recipe.kl_tokens}
+    )
     step = 3 * _prefill(read, rates, 2 * recipe.batch)
     # A stage ends with targets and scores for the prompts of the directions.
     return task.gradient_stages * (recipe.steps * step + _answers(task, rates, task.direction_prompts))

@@ -11,9 +11,10 @@ from typing import Literal
 
 from job.preflight.activation_memory import Batch
 from job.preflight.checks import GIB, Check, size
-from job.preflight.device_map import Device, DevicePlan, Layout, lay_out
+from job.preflight.device_map import RAM_SHARE, Device, DevicePlan, Layout, lay_out
 from job.preflight.gpu import IDLE_BYTES
 from job.preflight.gpu_table import Card, cards
+from job.preflight.gradient_memory import GradientPlan
 from job.preflight.model_facts import ModelFacts
 from job.preflight.readings import MachineReading
 from job.preflight.table_memory import EditTables
@@ -31,8 +32,6 @@ CPU_SHARE = 0.25
 FEWEST_ROWS = 4
 # A forward that waits for layers from RAM is not made slower by more rows, but its cache takes their room.
 OFFLOAD_ROWS = 64
-# Share of the RAM that the job may take where the model is on the CPU or offloaded to it.
-RAM_SHARE = 0.8
 # What Python, torch and the job itself take of the RAM.
 HOST_BYTES = 3 * GIB
 COUNTS = (1, 2, 4, 8)
@@ -68,6 +67,7 @@ class MemoryPlan(Record):
         host_bytes: RAM for loading and running.
         settings: The plan as lines of TOML.
         dtype: The type to load it in, where the device decides that and not the files.
+        gradient: The descent's memory, None without a descent.
     """
 
     strategy: Strategy
@@ -77,6 +77,7 @@ class MemoryPlan(Record):
     host_bytes: int
     settings: tuple[str, ...]
     dtype: Literal["float32"] | None = None
+    gradient: GradientPlan | None = None
 
 
 class Refusal(Record):

@@ -12,6 +12,7 @@ from job.model.files import ModelListing, ModelSource, missing_bytes
 from job.preflight.disk import DiskNeed, DiskSpeed
 from job.preflight.estimate import Hours, PhaseWork, Rates, device_rates, estimate
 from job.preflight.gpu_table import card_of, offers_query
+from job.preflight.gradient_memory import DescentRow, GradientPlan, gradient_plan
 from job.preflight.inputs import EarlierStarts
 from job.preflight.memory_plan import MemoryPlan, Workload
 from job.preflight.model_facts import ModelFacts
@@ -115,6 +116,17 @@ class Planning:
         kept = sum(part.kept for part in self.facts.parts)
         return 4 if cast and (self.facts.stored_bytes - kept) / cast > 3 else 2
 
+    def descent(self, planned: MemoryPlan, earlier: EarlierStarts) -> GradientPlan | None:
+        """Return the memory plan of the descent, None if the job makes none."""
+        if earlier.path_found or first_method(self.settings.search.asked_method) != "gradient":
+            return None
+        work = self._planned_workload(planned)
+        row = DescentRow.longest(work.prompt_tokens, work.dtype_bytes, work.tables.mode)
+        return gradient_plan(self.facts, planned.devices, row, offloaded=planned.strategy == "offload")
+
+    def _planned_workload(self, planned: MemoryPlan) -> Workload:
+        return self.workload(4 if planned.dtype == "float32" else None)
+
     def hours(
         self,
         planned: MemoryPlan,
@@ -130,11 +142,11 @@ class Planning:
         if known is None or not all(known):
             return None
         disk = min(speeds.values(), key=lambda found: found.write, default=DiskSpeed(write=DISK, read=DISK))
-        work = self.workload(4 if planned.dtype == "float32" else None)
+        work = self._planned_workload(planned)
         remote = sum(not target.startswith("file:") for target in self.settings.upload)
-        asked = self.settings.search.asked_method
+        descent_rows = planned.gradient.rows if planned.gradient is not None else 0
+        asked = "tpe" if planned.gradient is not None and not descent_rows else self.settings.search.asked_method
         trials = earlier.trials_wanted or planned_trials(self.settings.trials, asked)
-        by_gradient = not earlier.path_found and first_method(asked) == "gradient"
         finalist_prompts = len(self.prompts.bad_search) + len(self.prompts.bad_choice)
         task = PhaseWork(
             download_bytes=missing_bytes(self.source, self.listing) if measured else self.listing.size,
@@ -146,7 +158,8 @@ class Planning:
             # Prompts and responses end at about half of the longest; a guess that the observed rate corrects.
             prompt_tokens=work.prompt_tokens / 2,
             answer_tokens=min(work.answer_tokens / 2, self.settings.scoring.search_tokens),
-            gradient_stages=DESCENT_STAGES if by_gradient else 0,
+            gradient_stages=DESCENT_STAGES if descent_rows else 0,
+            gradient_rows=descent_rows,
             trials=max(trials - earlier.trials_done, 0),
             finalist_answers=min(MOST_FINALISTS, trials) * finalist_prompts,
             finalist_tokens=work.answer_tokens / 2,

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from job.preflight.checks import is_allowed
+from job.preflight.checks import is_allowed, size
 from job.preflight.survey import Survey
 from job.text.redaction import redact
 
@@ -32,6 +32,8 @@ def show(survey: Survey, console: Console | None = None) -> None:
     console.print(table)
     if survey.plan is not None:
         console.print(Text(redact("plan: " + "; ".join(survey.plan.settings))))
+        if (descent := survey.plan.gradient) is not None and descent.rows:
+            console.print(Text(f"gradient: {descent.rows} prompts a forward pass, {size(descent.row_bytes)} each"))
     if survey.offers is not None:
         console.print(Text(f"offers: {survey.offers}"), soft_wrap=True)
     console.print(Text(f"preflight: {survey.summary}"))

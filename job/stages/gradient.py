@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+import torch
+
 from job.data.prompts import held_out
 from job.directions.learned import keep_learned, learned_file
 from job.directions.residuals import digest
@@ -17,8 +19,12 @@ from job.gradient.problem import LossWeights, Problem
 from job.gradient.recipe import Recipe
 from job.lifecycle.running import RunningJob
 from job.lifecycle.search_limits import budget_of
+from job.model.config_file import model_config
 from job.model.device_faults import halving
 from job.numerics.gradient import EditVariables
+from job.preflight.checks import size
+from job.preflight.gradient_memory import DescentRow, probe_bytes
+from job.preflight.model_facts import model_facts
 from job.records import COMPONENTS, DEFAULT_OBJECTIVES, EditParameters, LearnedDirections, TrialScores
 from job.records.edit_path import EditPath, PathStage
 from job.report.results import trials_so_far
@@ -143,6 +149,7 @@ class _Finder:
         """Return the start with rows per forward that fit: out of memory on a CPU would end the process."""
         job, model = self._job, self._session.model
         gauge = Gauge(model.model, worker_count(job.settings, model.device))
+        self._require_room(problem, gauge)
         gauge.begin()
         try:
             halving(1, lambda _: problem.read_longest(start.variables), job.events.say)
@@ -154,6 +161,31 @@ class _Finder:
         if rows < start.rows:
             job.events.say(f"gradient steps: {rows} rows a forward pass, as memory allows")
         return replace(start, rows=rows)
+
+    def _require_room(self, problem: Problem, gauge: Gauge) -> None:
+        """Raise MemoryShortageError if a prompt's gradients cannot fit into RAM.
+
+        There the probe itself would be killed, again at every start; GPUs raise an error instead.
+        """
+        loaded = self._session.model
+        if loaded.device.type != "cpu":
+            return
+        # Only sizes count: how the files are quantised does not.
+        config = {name: value for name, value in model_config(loaded.folder).items() if name != "quantization_config"}
+        shapes = {name: ("F32", tuple(parameter.shape)) for name, parameter in loaded.model.named_parameters()}
+        row = DescentRow(
+            tokens=problem.longest,
+            answer_tokens=self._recipe.kl_tokens,
+            dtype_bytes=getattr(torch, loaded.dtype).itemsize,
+            mode=self._job.settings.ablation.row_normalization,
+        )
+        taken = probe_bytes(model_facts(config, shapes), row)
+        if not gauge.fits([taken]):
+            raise MemoryShortageError(
+                f"out of memory: gradients of one prompt take {size(taken)}, more than the {size(gauge.room[0])} "
+                "that may be used",
+                remedy='choose a machine with more memory, or --set search.method="tpe"',
+            )
 
     def _offloaded(self) -> str | None:
         offloaded = any(parameter.is_meta for parameter in self._session.model.model.parameters())

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from job.model.memory import release_memory
+from job.preflight.device_map import RAM_SHARE
+from job.preflight.gradient_memory import GPU_SHARE
 from job.preflight.limits import read_memory
-from job.preflight.memory_plan import RAM_SHARE
 
-# Usable share of a GPU's free memory; the allocator loses some.
-_GPU_SHARE = 0.9
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -27,7 +26,7 @@ class Gauge:
         places = {parameter.device for parameter in model.parameters()}
         self._gpus = sorted(place.index or 0 for place in places if place.type == "cuda")
         self._counts_ram = any(place.type != "cuda" for place in places)
-        self.room = [int(_GPU_SHARE * torch.cuda.mem_get_info(index)[0]) for index in self._gpus]
+        self.room = [int(GPU_SHARE * torch.cuda.mem_get_info(index)[0]) for index in self._gpus]
         if self._counts_ram:
             self.room.append(int(RAM_SHARE * read_memory().available / processes))
 

@@ -58,6 +58,14 @@ def test_few_rows_are_bound_by_reading_the_weights() -> None:
     assert estimate(few, H200).search == pytest.approx((prefill + steps * 65.5e9 / H200.bandwidth) / 3600)
 
 
+def test_a_descent_that_reads_few_prompts_a_forward_reads_the_weights_more_often() -> None:
+    slow = H200.model_copy(update={"bandwidth": 1e9})
+    descent = CODER.model_copy(update={"trials": 0, "direction_prompts": 0, "gradient_stages": 5})
+    seconds = [estimate(descent.model_copy(update={"gradient_rows": rows}), slow).search * 3600 for rows in (24, 6, 0)]
+    # 60 steps that read 48 prompts three times, at 65.5 s a forward.
+    assert seconds == pytest.approx([60 * 3 * forwards * 65.5 for forwards in (2, 8, 2)])
+
+
 def test_nothing_to_do_takes_no_time() -> None:
     nothing = CODER.model_copy(update={"trials": 0, "direction_prompts": 0, "download_bytes": 0})
     hours = estimate(nothing, H200)

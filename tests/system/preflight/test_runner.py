@@ -77,6 +77,12 @@ def test_a_healthy_machine_raises_no_alarm_and_nothing_is_left_behind(check: Any
     assert len(checks) > 20
     assert found["plan"]["rows"] >= 64
     assert found["survey"]["hours"]["search"] > 0
+    code, found = check("--set", "search.method=auto")
+    assert code == 0
+    descent = found["plan"]["gradient"]
+    assert descent["rows"] == 24
+    assert descent["row_bytes"] > 0
+    assert found["gpu.gradient"]["measured"].startswith("24 prompts a forward pass of the gradient descent")
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from job.directions.learned import EXPORTED
 from job.export.reproduction import read_reproduction
+from job.gradient.problem import Problem
+from job.numerics.gradient import EditVariables
 from job.preflight.limits import read_memory
 from job.records.edit_path import EditPath
 from job.search.study import read_trials
@@ -158,6 +160,21 @@ def test_little_memory_makes_smaller_steps_of_the_same_edit(
     for one, other in zip(paths[0].stages, paths[1].stages, strict=True):
         assert (one.beta, one.refusals) == (other.beta, other.refusals)
         assert other.kl == pytest.approx(one.kl, rel=0.05, abs=1e-4)
+
+
+def test_without_room_for_one_prompt_no_gradient_is_tried(
+    organism: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = read_memory().model_copy(update={"available": 128 << 10})
+    monkeypatch.setattr(memory_probe, "read_memory", lambda: little)
+    tried: list[EditVariables] = []
+    monkeypatch.setattr(Problem, "read_longest", lambda _, variables: tried.append(variables))
+    arguments = ["run", *job_of(organism), "--workspace", tmp_path, *METHOD[:2], "--trials", "1"]
+    told = abliterate(*arguments).check()
+    assert "no edits by gradient: out of memory: gradients of one prompt take" in told.err
+    assert not tried
+    path = read_record(only_job(tmp_path) / "directions" / "path.json", EditPath)
+    assert "gradients of one prompt" in (path.failed or "")
 
 
 @pytest.mark.full("kills")
