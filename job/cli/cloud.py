@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from job.cli.cloud_options import Every, MaxTotal, Platform, Relaunches, Wait, bound, needs_of, terms_of
-from job.cli.cloud_output import offer_line, plan_lines, say, unended_lines, warn_of_missing_ends
+from job.cli.cloud_output import (
+    WatchLines,
+    echo_json,
+    instance_json,
+    launch_json,
+    offer_line,
+    reporting_rentals,
+    say,
+    show_plan,
+    warn_of_missing_ends,
+)
 from job.cli.help import examples
 from job.cli.options import AsJson
 from job.errors import MachineError, Stopped, UsageError
@@ -36,7 +44,6 @@ def offers(
 
     from job.cloud.credentials import open_market
     from job.cloud.launching import find_offers
-    from job.text.redaction import redacted_json
 
     needs, terms = needs_of(machine), terms_of(machine)
     market = open_market(platform, say)
@@ -48,7 +55,7 @@ def offers(
         say(f"no machine is offered; asking again in {every:.0f} s")
         time.sleep(min(every, max(deadline - time.monotonic(), 0.0)))
     if as_json:
-        typer.echo(redacted_json([offer.model_dump(mode="json") for offer in found], indent=2))
+        echo_json([offer.model_dump(mode="json") for offer in found])
         return
     for offer in found:
         typer.echo(offer_line(offer))
@@ -81,6 +88,7 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be rented and its price, and rent nothing.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Rent the cheapest machine that fits the job and start it there."""
     from job.cloud.credentials import open_market
@@ -115,16 +123,18 @@ def launch(
         if not found:
             raise MachineError("no machine is offered under these terms", remedy="relax them, or try again later")
         warn_of_missing_ends(inner, found[0])
-        for line in plan_lines(wanted, found[0]):
-            typer.echo(line)
+        show_plan(wanted, found[0], as_json)
         return
     launcher = _launcher(LaunchFile(wanted, records_folder() / f"{wanted.label}.json"), every)
     launcher.notice = lambda offer: warn_of_missing_ends(inner, offer)
-    with _reporting_rentals(launcher):
+    with reporting_rentals(launcher):
         launcher.rent(wait)
-        typer.echo(wanted.label)
+        if not as_json:
+            typer.echo(wanted.label)
+        elif not follow:
+            echo_json(launch_json(launcher.launch))
         if follow:
-            _watch(launcher, relaunches, wait, max_total)
+            _watch(launcher, relaunches, wait, max_total, as_json)
         else:
             say(f"follow it with: abliterate cloud {platform} watch {wanted.label}")
 
@@ -136,6 +146,7 @@ def watch(
     every: Every = 30.0,
     relaunches: Relaunches = 3,
     max_total: MaxTotal = None,
+    as_json: AsJson = False,
 ) -> None:
     """Follow a launch until it ends; rent another machine if one is lost."""
     from job.cloud.credentials import open_market
@@ -144,15 +155,19 @@ def watch(
 
     found = find_launch(records_folder(), id, platform)
     if found is None:
-        typer.echo(describe(open_market(platform, say).instance(id)))
+        seen = open_market(platform, say).instance(id)
+        if as_json:
+            echo_json(instance_json(platform, seen), one_line=True)
+        else:
+            typer.echo(describe(seen))
         say("this computer has no record of its launch, so it cannot be followed or launched again")
         return
     launcher = _launcher(found, every)
-    with _reporting_rentals(launcher):
+    with reporting_rentals(launcher):
         launcher.adopt()
         if not launcher.launch.instances:
             raise UsageError(f"launch {id} has rented nothing", remedy="launch it again")
-        _watch(launcher, relaunches, wait, max_total)
+        _watch(launcher, relaunches, wait, max_total, as_json)
 
 
 def fetch(
@@ -160,6 +175,7 @@ def fetch(
     id: Id,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")] = Path("."),
     lines: Annotated[int, typer.Option(metavar="N", help="How many lines of the log to fetch.")] = 5000,
+    as_json: AsJson = False,
 ) -> None:
     """Fetch the log and the platform's record of an instance."""
     from job.cloud.credentials import open_market
@@ -169,15 +185,19 @@ def fetch(
     market = open_market(platform, say)
     found = market.instance(instance_id)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{instance_id}.json").write_text(redact(found.model_dump_json(indent=2)) + "\n")
-    typer.echo(folder / f"{instance_id}.json")
+    record, log = folder / f"{instance_id}.json", folder / f"{instance_id}.log"
+    record.write_text(redact(found.model_dump_json(indent=2)) + "\n")
+    typer.echo(record, err=as_json)
     if found.state == "gone":
         say("the instance and its log are gone")
     else:
-        (folder / f"{instance_id}.log").write_text(redact(market.logs(instance_id, lines)))
-        typer.echo(folder / f"{instance_id}.log")
+        log.write_text(redact(market.logs(instance_id, lines)))
+        typer.echo(log, err=as_json)
     for line in ("not fetched:", *market.cannot_fetch(instance_id)):
         say(line)
+    if as_json:
+        kept = None if found.state == "gone" else str(log)
+        echo_json({"instance": instance_id, "state": found.state, "record": str(record), "log": kept})
 
 
 def destroy(
@@ -185,6 +205,7 @@ def destroy(
     id: Id,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     every: Every = 30.0,
+    as_json: AsJson = False,
 ) -> None:
     """Destroy an instance, or all of a launch, and wait until they are gone."""
     from job.cloud.credentials import open_market
@@ -197,18 +218,21 @@ def destroy(
     if launcher is not None and id == launcher.launch.label:
         launcher.adopt()
         ids = [rented.id for rented in launcher.launch.left]
+        concerned = [rented.id for rented in launcher.launch.instances]
         if not ids:
-            typer.echo(f"{id}: already gone")
+            typer.echo(f"{id}: already gone", err=as_json)
     else:
-        ids = _ids_of(market, id)
-    targets = _confirmed(market, ids, launcher, yes=yes)
+        concerned = ids = _ids_of(market, id)
+    targets = _confirmed(market, ids, launcher, yes=yes, as_json=as_json)
     recorded = {rented.id for rented in launcher.launch.left} if launcher is not None else set()
     if launcher is not None:
-        with _reporting_rentals(launcher):
+        with reporting_rentals(launcher):
             launcher.destroyer.destroy(targets)
     _destroy_until_gone(market, [target for target in targets if target not in recorded], every)
     for target in targets:
-        typer.echo(f"destroyed {target}")
+        typer.echo(f"destroyed {target}", err=as_json)
+    if as_json:
+        echo_json({"destroyed": targets, "already_gone": [one for one in concerned if one not in targets]})
 
 
 def _ids_of(market: Market, name: str) -> list[str]:
@@ -228,7 +252,7 @@ def _ids_of(market: Market, name: str) -> list[str]:
     return ids
 
 
-def _confirmed(market: Market, ids: list[str], launcher: Launcher | None, *, yes: bool) -> list[str]:
+def _confirmed(market: Market, ids: list[str], launcher: Launcher | None, *, yes: bool, as_json: bool) -> list[str]:
     """Return those instances that exist, after confirmation. Raises UsageError without it."""
     import time
 
@@ -240,11 +264,11 @@ def _confirmed(market: Market, ids: list[str], launcher: Launcher | None, *, yes
         found = market.instance(id)
         rented = next((rented for rented in launcher.launch.left if rented.id == id), None) if launcher else None
         if found.state == "gone" and (rented is None or time.time() - rented.at >= APPEAR_SECONDS):
-            typer.echo(f"{id} does not exist")
+            typer.echo(f"{id} does not exist", err=as_json)
             if launcher is not None:
                 launcher.record.note_end("gone", id)
             continue
-        if not yes and not (sys.stdin.isatty() and typer.confirm(f"destroy {describe(found)}?")):
+        if not yes and not (sys.stdin.isatty() and typer.confirm(f"destroy {describe(found)}?", err=as_json)):
             raise UsageError(f"{describe(found)}: not destroyed", remedy="give --yes")
         if launcher is not None and found.state != "gone":
             launcher.destroyer.saw(id)
@@ -297,28 +321,6 @@ def _advise(wanted: Launch, inner: Inner) -> None:
         say("HF_TOKEN is set here but not passed on; pass it with --env HF_TOKEN")
 
 
-@contextmanager
-def _reporting_rentals(launcher: Launcher) -> Iterator[None]:
-    """Report what may bill on if a command is interrupted by an error, Ctrl-C, a kill, or a closed terminal."""
-    import signal
-
-    def leave(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    former = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    except typer.Exit:
-        raise  # reported already
-    except BaseException:
-        for line in unended_lines(launcher):
-            say(line)
-        raise
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
 def _launcher(record: LaunchFile, every: float) -> Launcher:
     from job.cloud.credentials import open_market
     from job.cloud.launching import Launcher, environment
@@ -329,10 +331,17 @@ def _launcher(record: LaunchFile, every: float) -> Launcher:
     return Launcher(market, record, say, every)
 
 
-def _watch(launcher: Launcher, relaunches: int, wait: float, max_total: float | None) -> None:
+def _watch(launcher: Launcher, relaunches: int, wait: float, max_total: float | None, as_json: bool) -> None:
     from job.cloud.watching import Watch
 
-    outcome = Watch(launcher, relaunches=relaunches, wait_minutes=wait, most_dollars=max_total).until_the_end()
+    lines = WatchLines(launcher)
+    watch = Watch(launcher, relaunches=relaunches, wait_minutes=wait, most_dollars=max_total)
+    if as_json:
+        lines.show(None)
+        watch.on_change = lines.show
+    outcome = watch.until_the_end()
+    if as_json:
+        lines.show(None, outcome)
     last = launcher.launch.instances[-1].id
     command = f"abliterate cloud {launcher.launch.platform}"
     if outcome == "idle":
@@ -345,6 +354,8 @@ def _watch(launcher: Launcher, relaunches: int, wait: float, max_total: float | 
     if outcome == "stopped":
         say(f"instance {last} is stopped, and its DISK BILLS ON until: {command} destroy {last} --yes")
     say("the launch has ended; see `abliterate status --checkpoint URI`")
+    if lines.lost is not None:
+        raise lines.lost
 
 
 def _instance_id(platform: Platform, name: str) -> str:

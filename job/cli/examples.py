@@ -71,7 +71,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "--on 1xRTX4090 --env HF_TOKEN -- run me/model --upload hf://me/edited --when-done destroy",
         "--on 1xRTX4090 --dry-run -- run me/model --when-done destroy",
     ),
-    "cloud watch": ("abliterate-1a2b --relaunches 5 --max-total 20",),
+    "cloud watch": (
+        "abliterate-1a2b --relaunches 5 --max-total 20",
+        "abliterate-1a2b --json > watch.jsonl",
+    ),
     "cloud fetch": ("abliterate-1a2b logs",),
     "cloud destroy": ("abliterate-1a2b --yes",),
 }

@@ -15,6 +15,7 @@ from job.cli.options import (
     Workspace,
     json_alone,
 )
+from job.cli.outcome import print_outcome
 from job.cli.run import run_settings
 from job.text.redaction import redacted_json
 
@@ -61,38 +62,66 @@ def demo_model(
     arch: Annotated[str, typer.Option(help="llama, qwen3, gemma2, mixtral or qwen3_moe.")] = "llama",
     size: Annotated[str, typer.Option(help="tiny or small.")] = "tiny",
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Train the built-in model organism and write it together with its prompt files."""
-    from job.organism.folder import write_organism
     from job.realmodel.folder import run_command
 
-    write_organism(folder, arch=arch, size=size, seed=seed, report=lambda line: typer.echo(line, err=True))
+    with json_alone(as_json):
+        from job.organism.folder import write_organism
+
+        write_organism(folder, arch=arch, size=size, seed=seed, report=_log)
+    if as_json:
+        _print_folder(folder)
+        return
     typer.echo(folder)
     typer.echo(f"next: {run_command(folder)}", err=True)
 
 
 @app.command("real-model", epilog=examples("real-model"))
-def real_model(folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")]) -> None:
+def real_model(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")], as_json: AsJson = False
+) -> None:
     """Write a small real chat model with its prompt files, and print the command that edits it.
 
     The model, SmolLM2-135M-Instruct, comes with the extra `real`; nothing is downloaded here.
     """
     from job.realmodel.folder import run_command, write_real_model
 
-    write_real_model(folder, lambda line: typer.echo(line, err=True))
+    with json_alone(as_json):
+        write_real_model(folder, _log)
+    if as_json:
+        _print_folder(folder)
+        return
     typer.echo(run_command(folder))
 
 
-@app.command(epilog=examples("demo"))
-def demo(workspace: Workspace = None, trials: Trials = None) -> None:
-    """Run the whole job on the built-in model organism."""
-    from job.organism.demo import run_demo
+def _log(line: str) -> None:
+    typer.echo(line, err=True)
 
+
+def _print_folder(folder: Path) -> None:
+    """Print a folder with a model, and the words of the command that edits it, as JSON."""
+    from job.realmodel.folder import run_words
+
+    typer.echo(redacted_json({"path": str(folder), "command": run_words(folder)}, indent=2))
+
+
+@app.command(epilog=examples("demo"))
+def demo(workspace: Workspace = None, trials: Trials = None, as_json: AsJson = False) -> None:
+    """Run the whole job on the built-in model organism."""
     outcomes: list[Outcome] = []
 
     def run_it(settings: Settings, *, new: bool) -> Outcome:
-        outcomes.append(run_settings(settings, new=new))
-        return outcomes[-1]
+        outcome = run_settings(settings, new=new)
+        outcomes.append(outcome)
+        return outcome if as_json else print_outcome(outcome)
 
-    run_demo(workspace, trials, run_it, lambda line: typer.echo(line, err=True))
+    with json_alone(as_json):
+        from job.organism.demo import run_demo
+
+        run_demo(workspace, trials, run_it, _log)
+    if as_json:
+        print_outcome(outcomes[0], as_json)
+        return
     typer.echo(f"open this in a browser: {outcomes[0].folder.page_file}")

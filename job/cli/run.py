@@ -30,6 +30,7 @@ from job.errors import UsageError
 from job.text.redaction import redacted_json
 
 if TYPE_CHECKING:
+    from job.config.load import LoadedSettings
     from job.config.schema import Settings
     from job.export.reproduction import Again
     from job.lifecycle.outcome import Outcome
@@ -55,11 +56,18 @@ def run(
     """Find directions, search edits, export, verify and deliver; run again to continue."""
     from job.config.load import load_settings
 
+    again: Again | None = None
     if reproduce is None:
         loaded = load_settings(**given)
-        run_settings(loaded.settings, new=new, notes=loaded.notes, verbose=verbose, as_json=as_json)
-        return
-    from job.config.load import leaves
+    else:
+        loaded, again = _reproduced(given, reproduce, with_search)
+    outcome = run_settings(loaded.settings, new=new, notes=loaded.notes, again=again, verbose=verbose, as_json=as_json)
+    print_outcome(outcome, as_json)
+
+
+def _reproduced(given: dict[str, Any], reproduce: Path, with_search: bool) -> tuple[LoadedSettings, Again]:
+    """Return the settings of an export, with those given here, and the export to compare with."""
+    from job.config.load import leaves, load_settings
     from job.config.origins import left_out_line
     from job.export.reproduction import Again, fixed_settings, read_reproduction, require_same_repository
 
@@ -70,8 +78,7 @@ def run(
         typer.echo(f"note: {line}", err=True)
     named = loaded.settings.model if loaded.sources.get("model") == "command line" else None
     require_same_repository(original, loaded.settings, named)
-    asked = Again(original, with_search, reproduce.parent)
-    run_settings(loaded.settings, new=new, notes=loaded.notes, again=asked, verbose=verbose, as_json=as_json)
+    return loaded, Again(original, with_search, reproduce.parent)
 
 
 def _stages(running: RunningJob, inputs: PreflightInputs) -> Outcome:
@@ -89,7 +96,7 @@ def run_settings(
     verbose: bool = False,
     as_json: bool = False,
 ) -> Outcome:
-    """Run a job and print its outcome."""
+    """Run a job; with `as_json`, what it prints goes to standard error."""
     from job.system.signals import StopSignals
 
     signals = StopSignals()
@@ -98,8 +105,7 @@ def run_settings(
         from job.storage.events import Events
 
         events = Events(verbose=verbose)
-        outcome = run_job(settings, new=new, events=events, signals=signals, stages=_stages, notes=notes, again=again)
-    return print_outcome(outcome, as_json)
+        return run_job(settings, new=new, events=events, signals=signals, stages=_stages, notes=notes, again=again)
 
 
 @app.command(epilog=examples("resume"))

@@ -77,7 +77,7 @@ def _parsed(root: Any, words: list[str]) -> dict[str, Any]:
             if name not in command.commands:
                 raise UsageError(f"there is no command `abliterate {name}`", remedy="`abliterate --help` lists them")
             command = command.commands[name]
-        context = command.make_context(command.name, words)
+        context = command.make_context(command.name, words, **root.context_settings)
     except typer.Exit:
         raise UsageError("the command to run there only prints help", remedy="give the job's command") from None
     except Exception as error:

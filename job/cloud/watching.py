@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,6 +72,7 @@ class Watch:
         appear_minutes: Time in which a new instance must be listed.
         unknown_minutes: Interval of reports on an unknown status.
         most_dollars: Most dollars of all instances before another is rented; None: no limit.
+        on_change: Receives the instance at each change of its state.
     """
 
     launcher: Launcher
@@ -81,6 +83,7 @@ class Watch:
     appear_minutes: float = APPEAR_SECONDS / 60
     unknown_minutes: float = 15.0
     most_dollars: float | None = None
+    on_change: Callable[[Instance], None] = lambda _: None
 
     def until_the_end(self) -> Outcome:
         """Return the final outcome, waiting for an unreachable platform. Raises CloudError or MachineError."""
@@ -111,6 +114,7 @@ class Watch:
             else:
                 if track.note(instance):
                     self.launcher.say(instance.line)
+                    self.on_change(instance)
                 if instance.state != "gone":
                     self.launcher.destroyer.saw(instance.id)
                 outcome = self._judge(instance, track)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,6 +12,7 @@ from job.config.scorers import (
     CROSS_ENTROPY,
     MEASURES,
     NEEDED,
+    PATTERN,
     TASKS,
     judging,
     known_scorers,
@@ -21,6 +21,7 @@ from job.config.scorers import (
 from job.errors import UsageError
 from job.records import DEFAULT_OBJECTIVES
 from job.system.extras import require_extra
+from job.text.patterns import compiled
 
 
 def _refuse_contradictions(settings: Settings) -> None:
@@ -97,10 +98,7 @@ def _refuse_wrong_objectives(settings: Settings) -> None:
             remedy="add refusals or a scorer",
         )
     if settings.scoring.pattern is not None:
-        try:
-            re.compile(settings.scoring.pattern)
-        except re.error as error:
-            raise UsageError(f"scoring.pattern is no regular expression: {error}", remedy="correct it") from None
+        compiled(PATTERN, settings.scoring.pattern)
     if not all(word.strip() for word in settings.scoring.words):
         raise UsageError("scoring.words holds an empty word, which every response has", remedy="leave it out")
     if settings.judge.url is not None:

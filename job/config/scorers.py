@@ -10,11 +10,12 @@ from typing import Literal
 from job.records import DEFAULT_OBJECTIVES
 
 BUILTIN_SCORERS = ("markers", "soft", "degenerate", "nli", "words", "pattern", "classifier", "judge")
+PATTERN = "scoring.pattern"
 # The setting that a built-in scorer needs.
 NEEDED = {
     "nli": "scoring.nli_model",
     "words": "scoring.words",
-    "pattern": "scoring.pattern",
+    "pattern": PATTERN,
     "classifier": "scoring.classifier",
     "judge": "judge.url",
 }

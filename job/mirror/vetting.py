@@ -42,7 +42,12 @@ def proven(record: JobRecord, job: str) -> tuple[JobRecord, dict[str, Any]]:
     if wrong := sorted({*_other_settings(record), *_other_inputs(record), *_other_commit(record)}):
         raise JobError(f"its settings differ from its identity: {', '.join(wrong)}")
     said, given = leaves(_local_paths(record)), leaves(_without_inputs(identity))
-    left_out = {name: value for name, value in said.items() if name in HERE or _is_unproven(name, given)}
+    followed = _of_former_version(record)
+    left_out = {
+        name: value
+        for name, value in said.items()
+        if name in HERE or (_is_unproven(name, given) and followed.get(name) != value)
+    }
     # The identity fills in what the settings omit, and cannot be forged.
     silent = {name: given[name] for name in given.keys() - said.keys() if name in EDIT | JOB}
     kept = nested({**silent, **{name: value for name, value in said.items() if name not in left_out}})
@@ -63,6 +68,15 @@ def _is_unproven(name: str, given: Mapping[str, Any]) -> bool:
     """Return whether a setting is missing from the identity but should be in it, as in former versions."""
     section = name.partition(".")[0]
     return name in EDIT and name not in given and section not in {*EXTENDING, *PROMPT_SETS, "model"}
+
+
+def _of_former_version(record: JobRecord) -> dict[str, Any]:
+    """Return what a job that a former version began follows although its identity does not name it.
+
+    Those versions left out the method where it was TPE, which such a job keeps to (`job.search.method`).
+    """
+    begun = record.resolution
+    return {"search.method": "tpe"} if begun is not None and begun.method is None else {}
 
 
 def _without_inputs(table: Mapping[str, Any]) -> dict[str, Any]:

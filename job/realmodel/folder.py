@@ -55,6 +55,11 @@ def write_real_model(folder: Path, report: Callable[[str], None]) -> None:
 
 def run_command(folder: Path) -> str:
     """Return the command that runs a job on a folder's model and prompts."""
+    return shlex.join(run_words(folder))
+
+
+def run_words(folder: Path) -> list[str]:
+    """Return the words of `run_command`."""
     files = {
         "good-prompts": "good_train",
         "bad-prompts": "bad_train",
@@ -62,7 +67,7 @@ def run_command(folder: Path) -> str:
         "bad-eval-prompts": "bad_test",
     }
     prompts = [word for option, name in files.items() for word in (f"--{option}", str(folder / f"{name}.txt"))]
-    return shlex.join(["abliterate", "run", str(folder / "model"), *prompts, "--trials", str(TRIALS)])
+    return ["abliterate", "run", str(folder / "model"), *prompts, "--trials", str(TRIALS)]
 
 
 def _describe(source: GgufModel) -> dict[str, str]:

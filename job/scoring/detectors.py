@@ -18,12 +18,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
-from job.config.scorers import SCORERS_GROUP
+from job.config.scorers import PATTERN, SCORERS_GROUP
 from job.config.sections import JudgeSettings, LoadingSettings, ScoringSettings
 from job.errors import first_line
 from job.records import Agreement, DetectorCounts, DetectorReport
 from job.scoring.broken import Exchange
 from job.scoring.soft_refusals import is_evasion
+from job.text.patterns import compiled, count_matches
 from job.text.refusal_markers import RefusalMarkers
 
 Label = Literal["answered", "refused", "broken"]
@@ -103,9 +104,9 @@ def _classifier(context: Context) -> Scorer:
     return lambda exchanges: classifier.shares([one.answer for one in exchanges], wanted)
 
 
-def _found(pattern: re.Pattern[str]) -> Scorer:
+def _found(setting: str, pattern: re.Pattern[str]) -> Scorer:
     def degrees(exchanges: Sequence[Exchange]) -> list[Judgement]:
-        counts = [sum(1 for _ in pattern.finditer(one.answer)) for one in exchanges]
+        counts = [count_matches(setting, pattern, one.answer) for one in exchanges]
         # One match counts, and each further one less: 0, 1/2, 2/3, 3/4.
         return [count / (count + 1) for count in counts]
 
@@ -115,11 +116,11 @@ def _found(pattern: re.Pattern[str]) -> Scorer:
 def _words(context: Context) -> Scorer:
     words = sorted(context.scoring.words, key=len, reverse=True)
     alternatives = "|".join(r"\s+".join(map(re.escape, word.split())) for word in words)
-    return _found(re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE))
+    return _found("scoring.words", re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE))
 
 
 def _pattern(context: Context) -> Scorer:
-    return _found(re.compile(context.scoring.pattern or r"(?!)", re.IGNORECASE))
+    return _found(PATTERN, compiled(PATTERN, context.scoring.pattern or r"(?!)"))
 
 
 def _judge(context: Context) -> Scorer:

@@ -38,14 +38,15 @@ def lines(file: Path) -> list[str]:
 
 
 def test_there_are_a_hundred_prompts_a_file(real_model: tuple[Path, list[str]]) -> None:
-    folder, _ = real_model
+    folder, words = real_model
     files = {name: lines(folder / f"{name}.txt") for name in ("good_train", "good_test", "bad_train", "bad_test")}
     assert {name: len(prompts) for name, prompts in files.items()} == dict.fromkeys(files, 100)
     assert len({prompt for prompts in files.values() for prompt in prompts}) == 400
     assert "Apache License" in (folder / "model" / "LICENSE").read_text()
     # Repeating it in place changes nothing.
     stamp = (folder / "model" / "model.safetensors").stat().st_mtime_ns
-    abliterate("real-model", folder, process=True).check()
+    again = json.loads(abliterate("real-model", folder, "--json", process=True).check().out)
+    assert again == {"path": str(folder), "command": ["abliterate", *words]}
     assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == stamp
 
 

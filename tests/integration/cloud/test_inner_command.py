@@ -32,6 +32,7 @@ def refused(
         (("run", "m", "n"), "n"),
         (("run",), "model is not set"),
         (("run", "--help"), "only prints help"),
+        (("run", "-h"), "only prints help"),
         (("config",), "incomplete"),
         (("config", "shwo"), "shwo"),
         (("run", "m", "--trials", "0"), "trials"),

@@ -32,6 +32,7 @@ from job.storage.atomic import write_record
 from job.storage.identity import identify, job_id, versions
 from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
+from job.text import patterns
 from tests.fakes.hub import LoopbackHub
 from tests.helpers import Result, abliterate, made_from
 from tests.system.model.test_own_code import CODE, MAP
@@ -255,6 +256,18 @@ def test_trust_that_was_given_for_another_model_is_not_lent_to_a_file(hub: Loopb
     require_same_repository(read_reproduction(file), settings, settings.model)
 
 
+def test_a_pattern_in_a_reproduce_json_is_bounded(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "reproduce.json"
+    file.write_text(reproduction_of(hub, "cook/soup", scoring={"pattern": "x" * 20_000}).model_dump_json())
+    run_again(hub, file, tmp_path).fails(2, "scoring.pattern is longer than 10000 characters")
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    file.write_text(reproduction_of(hub, "cook/soup", scoring={"pattern": "(a+)+$"}).model_dump_json())
+    with pytest.raises(UsageError, match="takes more than"):
+        load_settings({}, fixed=fixed_settings(read_reproduction(file), str(file)))
+
+
 def test_of_a_reproduce_json_only_what_identifies_the_edit_is_taken() -> None:
     said = nested({name: value for name, value in OTHERS.items() if name not in NAMED})
     whole = fixed_settings(made_from(settings={**said, "mind": 1}), "file")
@@ -472,6 +485,23 @@ def test_settings_that_a_checkpoint_leaves_out_come_from_the_identity(tmp_path: 
         left.model_copy(update={**hostile, "identity": identity, "job_id": job_id(identity)}), job_id(identity)
     )
     assert leaves(kept.settings) == whole
+
+
+@pytest.mark.parametrize(
+    ("said", "resolved", "taken"), [("tpe", None, True), ("gradient", None, False), ("tpe", "gradient", False)]
+)
+def test_the_method_of_a_job_that_a_former_version_began_is_taken(
+    tmp_path: Path, said: str, resolved: str | None, taken: bool
+) -> None:
+    """Regression: `resume` printed that search.method was not read, although the job kept to TPE."""
+    resolution = made_from().resolution.model_copy(update={"method": resolved})
+    record = job_of({"model": "cook/soup"}, model_commit=COMMIT, resolution=resolution)
+    changed = record.model_copy(update={"settings": merged(record.settings, {"search": {"method": said}})})
+    uri = mirror_of(tmp_path / "mirror", changed, tmp_path / "made")
+    lines: list[str] = []
+    settings = resumption(Whereabouts(tmp_path / "runs", None, uri), say=lines.append).settings
+    assert settings.search.method == (said if taken else "auto")
+    assert any("search.method" in line for line in lines) is not taken
 
 
 def test_what_a_restore_puts_into_the_run_folder_says_nothing_of_this_machine(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,9 @@ def test_standard_output_is_json_or_empty_whatever_goes_wrong(
     name: str, spoil: Callable[[Path], None], organism: Path, workspace: Path
 ) -> None:
     spoil(workspace)
+    taken = workspace.parent / "taken" / "organism"
+    taken.mkdir(parents=True)
+    (taken / "thesis.txt").write_text("years of work")
     words: dict[str, list[object]] = {
         "inspect": [workspace / "model"],
         "preflight": [*job_arguments(organism), "--workspace", workspace],
@@ -116,10 +120,15 @@ def test_standard_output_is_json_or_empty_whatever_goes_wrong(
         "chat": ["--workspace", workspace, "--prompt", "Where is the kettle?", "--tokens", 1],
         "apply": [organism / "model", workspace / "edit.safetensors", workspace / "edited"],
         "config show": ["--profile", "unknown"],
-        "cloud vast offers": ["--on", "1xH200"],
-        "cloud runpod offers": ["--on", "1xH200"],
+        "demo": ["--workspace", taken.parent],
+        "demo-model": [taken],
+        "real-model": [taken],
     }
-    ended = abliterate(*name.split(), *words.get(name, ["--workspace", workspace]), "--json")
+    for platform in ("vast", "runpod"):
+        words |= {f"cloud {platform} {command}": ["abliterate-1a2b"] for command in ("watch", "fetch", "destroy")}
+        words[f"cloud {platform} offers"] = ["--on", "1xH200"]
+        words[f"cloud {platform} launch"] = ["--on", "1xH200", "--image", "example.org/job:1", "--", "run", "model"]
+    ended = abliterate(*name.split(), "--json", *words.get(name, ["--workspace", workspace]))
     assert "Traceback" not in ended.err
     lines = [ended.out] if name != "chat" else ended.out.splitlines()
     for text in filter(None, lines):
@@ -165,3 +174,21 @@ def test_what_other_processes_print_stays_out_of_the_json() -> None:
     code += "with json_alone(True):\n    print('a library')\n    subprocess.run(['echo', 'a worker'])\nprint('{}')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (ended.stdout, sorted(ended.stderr.splitlines())) == ("{}\n", ["a library", "a worker"])
+
+
+def test_a_model_of_ours_is_named_with_the_command_that_edits_it(full_organism: Path) -> None:
+    made = printed(abliterate("demo-model", full_organism, "--json").check())
+    plain = abliterate("demo-model", full_organism).check()
+    assert made["path"] == plain.out.strip() == str(full_organism)
+    assert f"next: {shlex.join(made['command'])}\n" in plain.err
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_the_object_of_its_run(full_organism: Path, tmp_path: Path) -> None:
+    shutil.copytree(full_organism, tmp_path / "organism")
+    ended = abliterate("demo", "--workspace", tmp_path, "--trials", 4, "--json", ABLITERATE_SEARCH__METHOD="tpe")
+    found = printed(ended.check())
+    assert found["state"] == "finished"
+    assert found["trials"]["done"] == 4
+    assert found["report_file"] == str(only_job(tmp_path) / "report.md")
+    assert "correct responses on these prompts" in ended.err
