@@ -179,12 +179,13 @@ def fetch(
 ) -> None:
     """Fetch the log and the platform's record of an instance."""
     from job.cloud.credentials import open_market
+    from job.storage.atomic import ensure_folder
     from job.text.redaction import redact
 
     instance_id = _instance_id(platform, id)
     market = open_market(platform, say)
     found = market.instance(instance_id)
-    folder.mkdir(parents=True, exist_ok=True)
+    ensure_folder(folder)
     record, log = folder / f"{instance_id}.json", folder / f"{instance_id}.log"
     record.write_text(redact(found.model_dump_json(indent=2)) + "\n")
     typer.echo(record, err=as_json)

@@ -198,7 +198,8 @@ class Problem:
                 logits = answer_logits(model, forced)
         else:
             with self.edits.applied(variables, [0] * len(chosen)):
-                logits, base = answer_logits(model, forced, known).split(len(chosen))
+                both = answer_logits(model, forced, known)
+            logits, base = both[: len(chosen)], both[len(chosen) :]
         return answer_divergence(base.detach(), logits, forced.real)
 
     def _base_inputs(self, chosen: Sequence[int]) -> Tensor | None:

@@ -49,7 +49,7 @@ class PathSpace:
         most = math.inf if self.path.scales is None else largest
 
         def strengths(component: Component) -> LayerStrengths:
-            scale = largest * params[f"{component}.scale"]
+            scale = largest * float(params[f"{component}.scale"])
 
             def strength(a: float, b: float) -> float:
                 return min(scale * _sigmoid((1 - share) * a + share * b), most)
