@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,9 +69,13 @@ def demo_model(
     from job.realmodel.folder import run_command
 
     with json_alone(as_json):
+        from job.errors import UsageError
         from job.organism.folder import write_organism
 
-        write_organism(folder, arch=arch, size=size, seed=seed, report=_log)
+        place = Path(os.path.realpath(folder))  # the finished folder is renamed there
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"{place} is not a folder", remedy="name a new or empty folder")
+        write_organism(place, arch=arch, size=size, seed=seed, report=_log)
     if as_json:
         _print_folder(folder)
         return

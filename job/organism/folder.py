@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,6 @@ def write_organism(folder: Path, *, arch: str, size: str, seed: int, report: Cal
     """
     if arch not in ARCHITECTURES:
         raise UsageError(f"no organism of architecture {arch!r}", remedy=f"choose from {', '.join(ARCHITECTURES)}")
-    folder = Path(os.path.realpath(folder))
     if size not in SIZES:
         raise UsageError(f"no organism of size {size!r}", remedy=f"choose from {', '.join(SIZES)}")
     description = json.dumps({"arch": arch, "size": size, "seed": seed}, sort_keys=True)
@@ -33,7 +31,7 @@ def write_organism(folder: Path, *, arch: str, size: str, seed: int, report: Cal
     if mark.exists() and mark.read_text() == description:
         report(f"the organism in {folder} already exists")
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty", remedy="name a new or empty folder")
     files = prompt_files(seed)
     model, tokenizer = train_organism(arch, size, seed, files, report)

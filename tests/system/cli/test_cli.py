@@ -102,6 +102,8 @@ def test_jobs_that_are_not_there(tmp_path: Path) -> None:
 def test_demo_model_refuses_what_it_cannot_make(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     abliterate("demo-model", tmp_path).fails(2, "is not empty")
+    (tmp_path / "file").touch()
+    abliterate("demo-model", tmp_path / "file").fails(2, f"{tmp_path / 'file'} is not a folder")
     abliterate("demo-model", tmp_path / "new", "--arch", "bert").fails(2, "bert", "llama, qwen3")
     abliterate("demo-model", tmp_path / "new", "--size", "huge").fails(2, "huge", "tiny, small")
     assert not (tmp_path / "new").exists()
