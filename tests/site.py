@@ -35,7 +35,7 @@ NAVIGATION = {
         "gpu.md",
     ),
     "Watch and repair": ("watching.md", "troubleshooting.md", "ends-of-rentals.md", "reliability.md"),
-    "Results": ("tested.md", "real-model.md", "cards/llama.md"),
+    "Results": ("results.md", "tested.md", "real-model.md", "cards/llama.md"),
     "Project": ("changelog.md", "contributing.md", "security.md", "code-map.md"),
 }
 # Instead of their first heading.
