@@ -26,7 +26,7 @@ class PhaseWork(Record):
         generated_prompts: Prompts that a trial answers.
         compared_prompts: Prompts whose first response token a trial compares.
         gradient_stages: Stages of the descent before the search; 0 without one.
-        gradient_rows: Prompts per forward of the descent; 0: as many as a step reads of a kind.
+        gradient_rows: Prompts per forward of the descent; 0: the whole minibatch in one forward.
         finalist_answers: Prompts that all finalists answer, by responses of `finalist_tokens` tokens.
     """
 

@@ -27,7 +27,7 @@ Mode = Literal["none", "pre", "full", "column"]
 
 # Usable share of a GPU's free memory; the allocator loses some.
 GPU_SHARE = 0.9
-# Tables of a response's distributions that the loss holds at its peak, of which the backward needs two.
+# Tensors of logits size, float32, that the loss holds at its peak; two of them are saved for the backward.
 _LOSS_TABLES, _SAVED_TABLES = 7, 2
 
 
