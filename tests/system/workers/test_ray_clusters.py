@@ -76,7 +76,7 @@ def test_a_job_replaces_an_actor_that_hangs_and_makes_the_trials_of_one_process(
         STARTED.append(process)
         wait_until(lambda: count_events(workspace, "worker_started") >= 1, process)
         ready = count_events(workspace)
-        wait_until(lambda: count_events(workspace) >= ready + 30, process)  # the actor has evaluated at least one of them
+        wait_until(lambda: count_events(workspace) >= ready + 30, process)  # the actor has finished some trials
         (actor,) = cluster.actors()
         started, lost = (count_events(workspace, event) for event in ("worker_started", "worker_lost"))
         stopped = time.monotonic()
