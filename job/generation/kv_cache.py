@@ -167,6 +167,15 @@ def joined(model: PreTrainedModel, caches: list[DynamicCache], most: int) -> Dyn
     return cache
 
 
+def copied_rows(model: PreTrainedModel, cache: DynamicCache, rows: int) -> DynamicCache:
+    """Return a cache that holds the only row of another one `rows` times, differentiably."""
+    copied = DynamicCache(config=model.config)
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "keys", None) is not None:
+            copied.layers[index].update(*(held.expand(rows, -1, -1, -1) for held in (layer.keys, layer.values)))
+    return copied
+
+
 def _begin(cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> None:
     layer = cache.layers[index]
     if isinstance(layer, GrowableKVLayer):

@@ -215,6 +215,8 @@ NO_GRADIENT = (RuntimeError, NotImplementedError, TypeError)
 # Steps of θ along the gradient for finite differences: smaller ones vanish in 16-bit rounding.
 _PROBES = (0.02, 0.1, 0.5)
 _PROBE_SHARE = 0.25
+# Prompts of each kind that they are computed on.
+_PROBE_PROMPTS = 8
 
 
 def gradient_fault(
@@ -223,6 +225,8 @@ def gradient_fault(
     """Check gradients against finite differences; return the fault, or None. Raises MachineError."""
     # At a start with hardly any edit, the difference would be too small.
     variables = EditVariables(torch.full_like(start.variables.logits, -1.0), start.variables.directions)
+    few = min(problem.recipe.batch, _PROBE_PROMPTS)
+    problem = replace(problem, recipe=replace(problem.recipe, batch=few))
     try:
         (gradients, _), rows = halving(start.rows, lambda rows: problem.gradients(variables, 0, weights, rows), report)
     except NO_GRADIENT as error:

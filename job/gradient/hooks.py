@@ -48,7 +48,10 @@ class DifferentiableEdits:
 
     @contextmanager
     def applied(self, variables: EditVariables, trials: Sequence[int]) -> Iterator[None]:
-        """Within the block, row i of every forward gets edit `trials[i]`; compute gradients within it too."""
+        """Within the block, row i of every forward gets edit `trials[i]`; compute gradients within it too.
+
+        If there is only one edit, forwards may have any number of rows.
+        """
         strengths, directions = variables.strengths(self._largest), variables.orthonormal()
         rows = None if len(strengths) == 1 else torch.tensor(trials)
         handles = []
@@ -57,9 +60,7 @@ class DifferentiableEdits:
                 edit = self._compiled(hooked, strengths, directions)
                 if edit.input_scale is not None:
                     handles.append(hooked.module.register_forward_pre_hook(_scaling(edit.input_scale, rows)))
-                handles.append(
-                    hooked.module.register_forward_hook(_editing(edit, rows, len(trials), self._bias(hooked)))
-                )
+                handles.append(hooked.module.register_forward_hook(_editing(edit, rows, self._bias(hooked))))
             yield
         finally:
             for handle in handles:
@@ -99,12 +100,12 @@ def _scaling(scale: Tensor, rows: Tensor | None) -> Any:
     return hook
 
 
-def _editing(edit: WriterEdit, rows: Tensor | None, count: int, bias: Tensor | None) -> Any:
+def _editing(edit: WriterEdit, rows: Tensor | None, bias: Tensor | None) -> Any:
     read, write, scale = edit.output_read, edit.output_write, edit.output_scale
 
     def edited(y: Tensor) -> Tensor:
         own_read, own_write = _of_rows(read, rows, y), _of_rows(write, rows, y)
-        stream = y.reshape(count, -1, y.shape[-1]).to(own_read.dtype)
+        stream = y.reshape(len(own_read), -1, y.shape[-1]).to(own_read.dtype)
         stream = stream if bias is None else stream + bias.to(stream)
         changed = stream - (stream @ own_read.mT) @ own_write
         if scale is not None:

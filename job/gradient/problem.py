@@ -57,6 +57,7 @@ class Problem:
         bad: Bad prompts that the base model refuses.
         refusals: First tokens of these refusals.
         answers: First tokens of the base model's responses to them, the end token included.
+        shared: First tokens of all prompts that are read once for all of them.
     """
 
     loaded: LoadedModel
@@ -68,6 +69,7 @@ class Problem:
     good: Sequence[list[int]]
     answers: Sequence[list[int]]
     maker: TargetMaker
+    shared: int = 0
     _kept_inputs: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -114,6 +116,7 @@ class Problem:
             good=batches.good.tokens,
             answers=own,
             maker=TargetMaker(batches, refused, only, markers, coherence),
+            shared=len(batches.prefix),
         )
 
     def gradients(
@@ -180,9 +183,8 @@ class Problem:
 
     def _target_terms(self, variables: EditVariables, chosen: Sequence[int], targets: Targets) -> Tensor:
         """Return the mean negative log-likelihood of each target's tokens, nats, [n]."""
-        forced = ForcedAnswers.of(
-            [self.bad[index] for index in chosen], [targets[index] or [] for index in chosen], self.loaded.device
-        )
+        wanted = [target or [] for target in targets]
+        forced = self._forced(self.bad, wanted, chosen)
         with self.edits.applied(variables, [0] * len(chosen)):
             logits = answer_logits(self.loaded.model, forced)
         together = sequence_log_probabilities(logits, forced.answers, forced.real)
@@ -217,9 +219,8 @@ class Problem:
     def _forced(
         self, prompts: Sequence[list[int]], answers: Sequence[list[int]], chosen: Sequence[int]
     ) -> ForcedAnswers:
-        return ForcedAnswers.of(
-            [prompts[index] for index in chosen], [answers[index] for index in chosen], self.loaded.device
-        )
+        asked, forced = ([values[index] for index in chosen] for values in (prompts, answers))
+        return ForcedAnswers.of(asked, forced, self.loaded.device, self.shared)
 
 
 def _parts(chosen: Sequence[int], rows: int) -> list[Sequence[int]]:

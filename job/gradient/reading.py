@@ -1,4 +1,4 @@
-"""Forward prompts with forced responses differentiably: padded on the right, without caches.
+"""Forward prompts with forced responses differentiably: padded on the right, behind a prefix that is read once.
 
 Left padding would leave positions that attend to nothing, with NaN gradients.
 """
@@ -12,9 +12,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from job.generation.kv_cache import arguments
+from job.generation.kv_cache import arguments, copied_rows
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,15 @@ class ForcedAnswers:
     """Prompts with responses of several lengths in one batch; n rows, t positions, up to a response tokens.
 
     Attributes:
-        tokens: Prompts and responses except their last token, [n, t].
-        mask: 1 for tokens, 0 for padding, [n, t].
-        places: Positions whose logits predict the responses, [n, a].
+        prefix: First tokens of all rows, read once for all of them, [p].
+        tokens: Prompts and responses behind the prefix, except their last token, [n, t].
+        mask: 1 for tokens, 0 for padding, the prefix included, [n, p + t].
+        places: Positions in `tokens` whose logits predict the responses, [n, a].
         answers: Response tokens, padded with 0, [n, a].
         real: False for padding, [n, a].
     """
 
+    prefix: Tensor
     tokens: Tensor
     mask: Tensor
     places: Tensor
@@ -36,18 +38,24 @@ class ForcedAnswers:
     real: Tensor
 
     @classmethod
-    def of(cls, prompts: Sequence[list[int]], answers: Sequence[list[int]], device: torch.device) -> Self:
-        """Pad token ids of prompts and of their forced responses, each of at least one token."""
-        rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
+    def of(
+        cls, prompts: Sequence[list[int]], answers: Sequence[list[int]], device: torch.device, shared: int = 0
+    ) -> Self:
+        """Pad token ids of prompts and of their forced responses, each of at least one token.
+
+        All prompts begin with the same `shared` tokens, and each has at least one more.
+        """
+        prefix, behind = prompts[0][:shared], [prompt[shared:] for prompt in prompts]
+        rows = [prompt + answer[:-1] for prompt, answer in zip(behind, answers, strict=True)]
         width, longest = max(map(len, rows)), max(map(len, answers))
         lengths = torch.tensor([len(answer) for answer in answers])
         real = torch.arange(longest) < lengths[:, None]
-        begin = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        begin = torch.tensor([len(prompt) - 1 for prompt in behind])
         places = torch.where(real, begin[:, None] + torch.arange(longest), 0)
         padded = [row + [0] * (width - len(row)) for row in rows]
-        mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+        mask = torch.arange(shared + width) < shared + torch.tensor([len(row) for row in rows])[:, None]
         forced = [answer + [0] * (longest - len(answer)) for answer in answers]
-        tensors = (torch.tensor(padded), mask.to(torch.long), places, torch.tensor(forced), real)
+        tensors = (torch.tensor(prefix, dtype=torch.long), torch.tensor(padded), mask.to(torch.long), places, torch.tensor(forced), real)
         return cls(*(tensor.to(device) for tensor in tensors))
 
 
@@ -75,11 +83,25 @@ def head_inputs(model: PreTrainedModel, forced: ForcedAnswers) -> Tensor | None:
 
 def _forward(model: PreTrainedModel, forced: ForcedAnswers, beside: Tensor | None) -> tuple[Tensor, list[Tensor]]:
     """Return the model's logits, and its head's inputs at the responses' positions for each call of the head."""
-    positions = torch.arange(forced.tokens.shape[1], device=forced.tokens.device).expand_as(forced.tokens)
+    begin = len(forced.prefix)
+    positions = begin + torch.arange(forced.tokens.shape[1], device=forced.tokens.device).expand_as(forced.tokens)
     given: dict[str, Any] = {"position_ids": positions} if "position_ids" in arguments(model) else {}
+    if begin:
+        given["past_key_values"] = copied_rows(model, _prefix_cache(model, forced.prefix), len(forced.tokens))
     with _head_at(model, forced.places, beside) as gathered:
-        output = model(input_ids=forced.tokens, attention_mask=forced.mask, use_cache=False, **given)
+        output = model(input_ids=forced.tokens, attention_mask=forced.mask, use_cache=begin > 0, **given)
     return output.logits, gathered
+
+
+def _prefix_cache(model: PreTrainedModel, prefix: Tensor) -> DynamicCache:
+    """Return the keys and values of a prefix [p] in one row, with their gradients."""
+    cache = DynamicCache(config=model.config)
+    positions = torch.arange(len(prefix), device=prefix.device)[None]
+    given = {"position_ids": positions, "logits_to_keep": 1}  # its logits are not used
+    given = {name: value for name, value in given.items() if name in arguments(model)}
+    mask = torch.ones_like(positions)
+    model(input_ids=prefix[None], attention_mask=mask, past_key_values=cache, use_cache=True, **given)
+    return cache
 
 
 @contextmanager

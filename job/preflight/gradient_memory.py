@@ -9,6 +9,8 @@ and b bytes a number of the loaded type, where 4 bytes mean that the code comput
   attention comes before the first edit;
 - a distribution and its logarithm for each position of a response: 2 · 4 · vocabulary.
 
+A prefix that all prompts share is read once, so the rows of a batch keep less than that.
+
 Beside them lie, once a forward, the weights in float64 that "full" and "column" multiply with the directions.
 """
 

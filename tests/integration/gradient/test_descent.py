@@ -136,6 +136,29 @@ def test_a_model_whose_heads_inputs_cannot_be_kept_has_the_same_gradients(
     assert others.divergence == pytest.approx(losses.divergence, rel=1e-4)
 
 
+def test_a_prefix_that_is_read_once_leaves_gradients_as_they_are(case: Case) -> None:
+    weights, targets = LossWeights(10.0, 0.02), [[5, 6, 7], None] * 12
+    variables = EditVariables(torch.full_like(case.start.variables.logits, -1.0), case.start.variables.directions)
+    problem = case.problem
+    assert len({prompt[0] for prompt in (*problem.bad, *problem.good)}) == 1
+    whole, losses = problem.gradients(variables, 0, weights, 8, targets)
+    once = dataclasses.replace(problem, shared=1, _kept_inputs={})
+    found, others = once.gradients(variables, 0, weights, 8, targets)
+    torch.testing.assert_close(found.logits, whole.logits, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found.directions, whole.directions, rtol=1e-3, atol=1e-4)
+    assert (others.refusal, others.divergence) == pytest.approx((losses.refusal, losses.divergence), rel=1e-4)
+
+
+def test_the_problem_shares_the_first_tokens_of_all_its_prompts(case: Case) -> None:
+    prompts = [[Prompt(user=f"What is the {thing} made of?")] * 8 for thing in ("map", "jinxed map")]
+    markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
+    loaded, edits = case.loaded, DifferentiableEdits(case.loaded, "none", SHORT.largest)
+    problem = Problem.measured(loaded, edits, SHORT, 0, (prompts[0], prompts[1]), markers, 30, 32, 2.0)
+    read = {loaded.decode(prompt[: problem.shared]) for prompt in (*problem.bad, *problem.good)}
+    assert problem.bad
+    assert read == {"What is the"}
+
+
 @pytest.mark.parametrize("after", [1, 4, 5])
 def test_a_descent_that_was_interrupted_goes_on_to_the_same_numbers(case: Case, tmp_path: Path, after: int) -> None:
     whole = descended(case, tmp_path / "whole.safetensors")

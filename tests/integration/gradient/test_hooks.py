@@ -26,6 +26,7 @@ from job.architectures.structure import discover
 from job.architectures.tiny_model import small_twin
 from job.edits.hooks import Intervention
 from job.generation.forward import RowTrials, first_logits
+from job.generation.kv_cache import writable_slots
 from job.gradient.hooks import DifferentiableEdits
 from job.gradient.reading import ForcedAnswers, answer_logits, head_inputs
 from job.model.loading import LoadedModel
@@ -214,6 +215,33 @@ def test_what_the_head_reads_of_single_prompts_gives_their_logits_beside_an_edit
     torch.testing.assert_close(edited, without, rtol=0, atol=5e-5)
     torch.testing.assert_close(beside[forced.real], base[forced.real], rtol=0, atol=5e-5)
     assert (edited - base)[forced.real].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_read_once_has_the_gradients_of_one_read_in_every_row(family: str) -> None:
+    loaded = loaded_random(family, torch.float32)
+    shared = min(3, writable_slots(loaded.model))
+    if not shared:
+        pytest.skip("this family's cache cannot be filled with a prefix")
+    prompts = [[20, 21, 22, *prompt] for prompt in PROMPTS]
+    variables, edits = some_variables(loaded, 1, 2), DifferentiableEdits(loaded, "none", LARGEST)
+    read = list[int]()
+    count = loaded.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
+
+    def gradients(shared: int) -> tuple[torch.Tensor, EditVariables]:
+        watched = variables.with_gradients()
+        forced = ForcedAnswers.of(prompts, ANSWERS, loaded.device, shared)
+        with edits.applied(watched, [0] * len(prompts)):
+            logits = answer_logits(loaded.model, forced)
+        refusal_term(sequence_log_probabilities(logits, forced.answers, forced.real), 6.0).sum().backward()
+        return logits.detach()[forced.real], watched.gradients()
+
+    (logits, whole), (again, found) = gradients(0), gradients(shared)
+    count.remove()
+    torch.testing.assert_close(again, logits, rtol=0, atol=5e-5)
+    torch.testing.assert_close(found.logits, whole.logits, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found.directions, whole.directions, rtol=1e-3, atol=1e-5)
+    assert sum(read) == 2 * read[0] - (len(prompts) - 1) * shared
 
 
 def test_the_head_computes_the_answers_positions_alone_and_padding_changes_nothing() -> None:

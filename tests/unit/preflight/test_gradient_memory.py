@@ -36,7 +36,7 @@ ROWS, TOKENS, ANSWER = 2, 48, 8
 class Step:
     """The divergence term of a step on prompts of unequal length, as a loss of an edit's variables."""
 
-    def __init__(self, model: PreTrainedModel, mode: Mode) -> None:
+    def __init__(self, model: PreTrainedModel, mode: Mode, rows: int = ROWS, shared: int = 0) -> None:
         model.requires_grad_(False)
         self.model = model
         loaded = LoadedModel(Path(), model, cast(Any, None), discover(model), "float32")
@@ -45,13 +45,13 @@ class Step:
         self.variables = EditVariables(logits, torch.randn(1, layers, 1, width, dtype=torch.float64)).with_gradients()
         self.edits = DifferentiableEdits(loaded, mode, 1.5)
         longest = TOKENS - ANSWER + 1
-        prompts = [[5] * (longest - 9 * (row > 0)) for row in range(ROWS)]
-        self.forced = ForcedAnswers.of(prompts, [[3] * ANSWER] * ROWS, loaded.device)
+        prompts = [[5] * (longest - 9 * (row > 0)) for row in range(rows)]
+        self.forced = ForcedAnswers.of(prompts, [[3] * ANSWER] * rows, loaded.device, shared)
 
     def loss(self) -> Tensor:
         with torch.no_grad():
             base = answer_logits(self.model, self.forced)
-        with self.edits.applied(self.variables, [0] * ROWS):
+        with self.edits.applied(self.variables, [0] * len(self.forced.tokens)):
             logits = answer_logits(self.model, self.forced)
         return answer_divergence(base, logits, self.forced.real).sum()
 
@@ -100,6 +100,13 @@ def test_what_a_step_keeps_and_its_peak(family: str, mode: Mode, changes: dict[s
     distributions = 2 * ANSWER * facts.vocab * 4
     assert ROWS * (saved_bytes(facts, row) + distributions) + once == pytest.approx(step.saved(), rel=0.03)
     assert ROWS * peak_bytes(facts, row) + once == pytest.approx(step.peak(), rel=0.1)
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1, 1.0), (8, 0.75)])
+def test_a_shared_prefix_takes_no_more_than_planned(rows: int, most: float) -> None:
+    model = build("llama", torch.bfloat16)
+    row = DescentRow(tokens=TOKENS, answer_tokens=ANSWER)
+    assert Step(model, "none", rows, shared=24).peak() < most * rows * peak_bytes(facts_of(model), row)
 
 
 def device(free: float, layers: int = 64, label: str = "cuda:0", weights: float = 62 * GIB) -> DevicePlan:
