@@ -55,7 +55,14 @@ class ForcedAnswers:
         padded = [row + [0] * (width - len(row)) for row in rows]
         mask = torch.arange(shared + width) < shared + torch.tensor([len(row) for row in rows])[:, None]
         forced = [answer + [0] * (longest - len(answer)) for answer in answers]
-        tensors = (torch.tensor(prefix, dtype=torch.long), torch.tensor(padded), mask.to(torch.long), places, torch.tensor(forced), real)
+        tensors = (
+            torch.tensor(prefix, dtype=torch.long),
+            torch.tensor(padded),
+            mask.to(torch.long),
+            places,
+            torch.tensor(forced),
+            real,
+        )
         return cls(*(tensor.to(device) for tensor in tensors))
 
 

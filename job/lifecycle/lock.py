@@ -82,12 +82,12 @@ def held(
         if settings.checkpoint is None:
             yield JobLock()
             return
-        with _as_in_preflight(lambda: open_checkpoint(settings, events.say)) as mirror:
-            claim = _as_in_preflight(lambda: _claimed(mirror, folder, identity, settings, events, beside_others))
+        with as_in_preflight(lambda: open_checkpoint(settings, events.say)) as mirror:
+            claim = as_in_preflight(lambda: _claimed(mirror, folder, identity, settings, events, beside_others))
             yield from _hold(folder, claim, signals)
 
 
-def _as_in_preflight(step: Callable[[], T]) -> T:
+def as_in_preflight(step: Callable[[], T]) -> T:
     """Return a step's value. Raises MachineError for a DeliveryError, which preflight blames on the machine, too."""
     try:
         return step()

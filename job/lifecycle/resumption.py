@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from job.config.checks import require_targets
@@ -10,6 +11,7 @@ from job.config.load import asked_ends, leaves
 from job.config.origins import HERE, TRUST, left_out_line
 from job.config.schema import ENDS, Settings
 from job.lifecycle.locate import Whereabouts
+from job.lifecycle.lock import as_in_preflight
 from job.lifecycle.start import JobStart
 from job.mirror.vetting import as_given, require_same_contents, with_trust
 from job.records import JobRecord
@@ -28,8 +30,8 @@ def resumption(
     """Return the start that continues a job, from its run folder or checkpoint.
 
     A checkpoint contributes only vetted values (`job.mirror.vetting`); `say` receives the others. `ends` holds
-    `when_done` and `when_failed` of this command line, never those of an earlier start. Raises UsageError or
-    DeliveryError.
+    `when_done` and `when_failed` of this command line, never those of an earlier start. Raises UsageError, MachineError
+    if the checkpoint cannot be used, or DeliveryError if its contents cannot.
     """
     options = {name: value for name, value in (ends or {}).items() if value is not None}
     # As for all settings: the environment, then options, then --set.
@@ -65,8 +67,10 @@ def _read_mirrored_job(
     where: Whereabouts, given: Mapping[str, Any], say: Callable[[str], None]
 ) -> tuple[RunFolder, JobRecord, Settings]:
     """Return a mirrored job's record and settings, with its future run folder."""
-    with where.mirror() as mirror, scratch("mirror") as place:
-        head = where.mirrored(mirror)
+    with ExitStack() as opened:
+        mirror = as_in_preflight(lambda: opened.enter_context(where.mirror()))
+        head = as_in_preflight(lambda: where.mirrored(mirror))
+        place = opened.enter_context(scratch("mirror"))
         folder = RunFolder(where.workspace / head.job_id)
         fetched = mirror.fetch(head.job_id, place)
         record = fetched.folder.read_job()

@@ -18,6 +18,7 @@ from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, copy_licences, seal_made, write_weights
 from job.export.reproduction import Reproduction, base_model_name, reproduction
 from job.export.verification import MeasuredEdit, is_exact
+from job.lifecycle.repair import is_exported_whole
 from job.lifecycle.running import OpenJob, RunningJob
 from job.model.loading import LoadedModel, load_model
 from job.model.memory import release_memory
@@ -34,7 +35,7 @@ from job.stages.objectives import scorer_context
 from job.stages.session import ModelSession
 from job.storage.answers import keep_answers
 from job.storage.atomic import cannot_write, ensure_folder, make_folder, read_record, write_record
-from job.storage.exports import DONE, REPRODUCE, is_sealed
+from job.storage.exports import DONE, REPRODUCE
 
 
 def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportFormat) -> Path:
@@ -82,20 +83,25 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
 
 
 def complete_export(job: RunningJob, session: ModelSession, trial: Trial, trials: int) -> None:
-    """Write the job's export; one finished before the search was extended states the search as it is now."""
+    """Write the job's export, or bring it up to date."""
     export = job.export_of(trial)
-    if not is_sealed(export):
+    if not is_exported_whole(job.folder, export) or not is_current(job, export, trial, trials, session.prompts):
         job.begin("export")
-        write_export(session, trial, trials, job.settings.export_format)
-    elif not is_current(job, export, trial, trials, session.prompts):
-        job.begin("export")
-        if job.settings.export_format == "directions":  # its file of directions holds these statements as well
-            write_export(session, trial, trials, "directions")
-        else:
-            now = {"trials": trials, "trial": trial, "choice": choice_figures(job, trial, session.prompts)}
-            made = read_record(export / REPRODUCE, Reproduction).model_copy(update=now)
-            (export / DONE).unlink()  # if interrupted from here on, the export is written again
-            _seal(session, export, made, made.weights)
+        update_export(session, trial, trials, job.settings.export_format)
+
+
+def update_export(session: ModelSession, trial: Trial, trials: int, form: ExportFormat) -> None:
+    """Write a trial's export; one finished before the search was extended states the search as it is now."""
+    job = session.job
+    export = job.folder.export_folder(trial.number, form)
+    # The file of directions holds the search's statements as well.
+    if form == "directions" or not is_exported_whole(job.folder, export):
+        write_export(session, trial, trials, form)
+        return
+    now = {"trials": trials, "trial": trial, "choice": choice_figures(job, trial, session.prompts)}
+    made = read_record(export / REPRODUCE, Reproduction).model_copy(update=now)
+    (export / DONE).unlink()  # if interrupted from here on, the export is written again
+    _seal(session, export, made, made.weights)
 
 
 def _seal(session: ModelSession, export: Path, made: Reproduction, known: Mapping[str, str]) -> None:

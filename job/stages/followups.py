@@ -22,7 +22,8 @@ from job.model.quantization import quantisation_in
 from job.model.weight_files import WEIGHTS
 from job.records import ExportFormat, Trial
 from job.report.results import job_trials
-from job.stages.choice import chosen_trial
+from job.stages.choice import chosen_trial, is_current
+from job.stages.reproduce import trials_made
 from job.storage.atomic import read_record
 from job.storage.events import Events
 from job.storage.job_file import JobFile
@@ -43,17 +44,18 @@ def export_trial(folder: RunFolder, number: int | None, form: ExportFormat | Non
 
 
 def _exported(job: OpenJob, number: int | None, form: ExportFormat | None) -> Path:
-    """Return the export of a trial, made if missing; the caller holds the job."""
+    """Return the export of a trial, made if missing and brought up to date; the caller holds the job."""
     trials = job_trials(job.folder)
     trial, form = trial_of(job, trials, number), form or job.settings.export_format
-    export = job.folder.export_folder(trial.number, form)
-    if not is_exported_whole(job.folder, export):
-        from job.stages.export import write_export
+    export, made = job.folder.export_folder(trial.number, form), trials_made(job, trials)
+    prompts = read_record(job.folder.prompts_file, PromptSets)
+    if not is_exported_whole(job.folder, export) or not is_current(job, export, trial, made, prompts):
+        from job.stages.export import update_export
         from job.stages.session import opened_session
 
         job.events.log_to(job.folder.events_file)
-        with opened_session(job, read_record(job.folder.prompts_file, PromptSets)) as session:
-            write_export(session, trial, len(trials), form)
+        with opened_session(job, prompts) as session:
+            update_export(session, trial, made, form)
     return export
 
 

@@ -211,8 +211,12 @@ def test_an_export_states_all_trials_of_a_search_that_was_extended(
     workspace = tmp_path / "runs"
     shutil.copytree(finished, workspace, symlinks=True)
     words = ["run", *job_arguments(organism), "--workspace", workspace, "--export-format", form, "--trials"]
+    target = tmp_path / "delivered"
+    delivery = ("upload", "--workspace", workspace, "--trial", 0, "--format", form, "--upload", target.as_uri())
     for trials in (20, 21):
         abliterate(*words, trials).check()
+        abliterate(*delivery).check()
+        assert f"searched with {trials} trials" in (target / "README.md").read_text()
         export = only_job(workspace) / "export"
         assert json.loads((export / "reproduce.json").read_text())["trials"] == trials
         assert f"searched with {trials} trials" in (export / "README.md").read_text()

@@ -106,6 +106,12 @@ def test_what_is_no_folder_is_refused_as_a_place_by_both(name: str, brief: Path,
         assert list((tmp_path / "made").iterdir())
 
 
+@pytest.mark.parametrize("command", ["resume", "upload"])
+def test_a_checkpoint_that_is_a_file_is_refused_by_whatever_continues_its_job(command: str, tmp_path: Path) -> None:
+    (tmp_path / "place").write_text("a shopping list\n")
+    abliterate(command, "--checkpoint", (tmp_path / "place").as_uri()).fails(76, str(tmp_path / "place"))
+
+
 def test_weights_of_large_models_are_looked_at_while_they_are_loaded(brief: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(brief / "model", model)

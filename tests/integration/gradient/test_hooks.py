@@ -226,7 +226,9 @@ def test_a_prefix_read_once_has_the_gradients_of_one_read_in_every_row(family: s
     prompts = [[20, 21, 22, *prompt] for prompt in PROMPTS]
     variables, edits = some_variables(loaded, 1, 2), DifferentiableEdits(loaded, "none", LARGEST)
     read = list[int]()
-    count = loaded.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
+    count = loaded.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, given: read.append(given[0].numel())
+    )
 
     def gradients(shared: int) -> tuple[torch.Tensor, EditVariables]:
         watched = variables.with_gradients()
