@@ -43,6 +43,7 @@ from job.model.devices import resolve_device
 from job.model.finite_weights import infinite_parameter, require_finite
 from job.model.fit import require_fit, unloadable
 from job.model.memory import keep_freed_memory
+from job.model.output_head import make_head_inputs_contiguous
 from job.model.placement import spread
 from job.model.rendering import PLAIN, Rendering, conversations, end_of_turn, reading_tokenizer, token_ids
 from job.model.user_files import damaged, reading
@@ -309,6 +310,7 @@ def read_weights(
     if (given := loaded.generation_config) is not None:
         # Beams, penalties and caches that a file names would decide what is measured, and how long it takes.
         loaded.generation_config = GenerationConfig(**{name: getattr(given, name) for name in _SPECIAL_TOKENS})
+    make_head_inputs_contiguous(loaded)
     return loaded
 
 
