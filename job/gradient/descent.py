@@ -1,7 +1,8 @@
 """The descent: stages with a growing KL weight, resumed exactly after any kill.
 
-A stage minimises R + β D + ρ mean(λ). While held-out refusals remain, β is constant; then it grows, so that edits
-become weaker from stage to stage until refusals return. The stages before that are the path.
+A stage minimises R + β D + ρ mean(λ). While held-out refusals remain, and for two stages at least, β is constant; then
+it grows, so that edits become weaker from stage to stage. The stages before refusals return are the path. It ends
+earlier if the held-out KL no longer falls, as where the model's number type is too coarse for it.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class Descent:
 
     def _targets(self, ends: Sequence[StageEnd]) -> Targets:
         """Return the next stage's targets, deterministically from the end of the last one."""
-        if not self._recipe.target_weight or not ends or not _is_complete(ends[-1], self._held_out):
+        if not self._recipe.target_weight or not self._beta_steps(ends):
             return ()
         targets = self._problem.maker.targets(self._activate(ends[-1].variables))
         usable = sum(target is not None for target in targets)
@@ -167,7 +168,7 @@ class Descent:
 
     def _beta_steps(self, ends: Sequence[StageEnd]) -> int:
         """Return how often β has grown."""
-        return sum(_is_complete(end, self._held_out) for end in ends)
+        return sum(_is_complete(end, self._held_out) for end in ends[self._recipe.first_stages - 1 :])
 
     def _weights(self, ends: Sequence[StageEnd]) -> LossWeights:
         grown, recipe = self._beta_steps(ends), self._recipe
@@ -178,7 +179,10 @@ class Descent:
         return self._recipe.decay ** self._beta_steps(ends)
 
     def _is_over(self, ends: Sequence[StageEnd]) -> bool:
-        return len(ends) >= self._recipe.stages or len(worth_keeping(ends, self._held_out)) < len(ends)
+        kls = [end.scores.kl for end in ends if _is_complete(end, self._held_out)]
+        falls = len(kls) < 2 or kls[-1] < min(kls[:-1])
+        over = len(ends) >= self._recipe.stages or len(worth_keeping(ends, self._held_out)) < len(ends)
+        return over or (not falls and ends[-1].beta > self._recipe.first_beta)
 
     def _write_state(self, state: DescentState) -> None:
         write_tensors(self._file, self._key, state.tensors())

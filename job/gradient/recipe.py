@@ -23,6 +23,7 @@ class Recipe:
         sparsity_after: Its weight once they are gone.
         first_beta: Weight of the KL divergence in the first stage.
         factor: From one β to the next.
+        first_stages: Stages at least before β grows.
         steps: Steps of a stage.
         stages: Stages at most.
         target_weight: Weight of the targets' term once there are targets; 0: none are made.
@@ -42,6 +43,7 @@ class Recipe:
     sparsity_after: float = 1.0
     first_beta: float = 10.0
     factor: float = 3.0
+    first_stages: int = 2
     steps: int = 12
     stages: int = 6
     target_weight: float = 0.5

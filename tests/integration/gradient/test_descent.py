@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from job.records import COMPONENTS, EditParameters, LearnedDirections, TrialScor
 from job.text.refusal_markers import RefusalMarkers
 from tests.helpers import loading
 
-SHORT = Recipe(batch=8, steps=3, stages=2)
+SHORT = Recipe(batch=8, first_stages=1, steps=3, stages=2)
 GONE = TrialScores(refusals=0, kl=0.01)
 
 
@@ -53,8 +53,13 @@ def case(organism: Path) -> Case:
 
 
 def descended(
-    case: Case, file: Path, advance: Callable[[int], None] = lambda _: None, scores: TrialScores = GONE
+    case: Case,
+    file: Path,
+    advance: Callable[[int], None] = lambda _: None,
+    scores: Sequence[TrialScores] = (GONE,),
+    recipe: Recipe = SHORT,
 ) -> tuple[StageEnd, ...]:
+    """Descend with these held-out scores of the stages, the last one of all further stages."""
     directions = case.start.variables.directions[0].float()
     basis, paths = Basis(directions, torch.ones(directions.shape[:2])), dict[str, DirectionPath]()
     hooks = Intervention(case.loaded.model, case.loaded.architecture, basis, "none", paths.__getitem__)
@@ -75,7 +80,10 @@ def descended(
         )
 
     with hooks:
-        descent = Descent(case.problem, lambda _: scores, activate, 10, file, "k", lambda _: None)
+        left = list(scores)
+        problem = dataclasses.replace(case.problem, recipe=recipe)
+        measure = lambda _: left.pop(0) if len(left) > 1 else left[0]  # noqa: E731
+        descent = Descent(problem, measure, activate, 10, file, "k", lambda _: None)
         return descent.run(case.start, advance)
 
 
@@ -187,8 +195,30 @@ def test_a_descent_that_was_interrupted_goes_on_to_the_same_numbers(case: Case, 
 
 
 def test_beta_stays_as_it_is_while_refusals_remain(case: Case, tmp_path: Path) -> None:
-    ends = descended(case, tmp_path / "state.safetensors", scores=TrialScores(refusals=5, kl=0.01))
+    ends = descended(case, tmp_path / "state.safetensors", scores=[TrialScores(refusals=5, kl=0.01)])
     assert [end.beta for end in ends] == [10.0, 10.0]
+
+
+def gone(kl: float) -> TrialScores:
+    return TrialScores(refusals=0, kl=kl)
+
+
+@pytest.mark.parametrize(
+    ("scores", "betas"),
+    [
+        ([gone(0.5), gone(0.4), gone(0.3), gone(0.2)], [10.0, 10.0, 30.0, 90.0]),
+        # Rounding hides further gains, but not before β has grown once.
+        ([gone(0.5), gone(0.5), gone(0.5), gone(0.1)], [10.0, 10.0, 30.0]),
+        ([gone(0.5), gone(0.4), gone(0.4), gone(0.1)], [10.0, 10.0, 30.0]),
+        ([TrialScores(refusals=5, kl=0.1), gone(0.4), gone(0.3), gone(0.3)], [10.0, 10.0, 30.0, 90.0]),
+    ],
+)
+def test_beta_grows_after_two_stages_until_kl_no_longer_falls(
+    case: Case, tmp_path: Path, scores: list[TrialScores], betas: list[float]
+) -> None:
+    recipe = dataclasses.replace(SHORT, first_stages=2, steps=1, stages=4)
+    ends = descended(case, tmp_path / "state.safetensors", scores=scores, recipe=recipe)
+    assert [end.beta for end in ends] == pytest.approx(betas)
 
 
 def end(refusals: int, broken: int = 0) -> StageEnd:
