@@ -4,9 +4,10 @@ python -m benchmarks.gradient FOLDER [FOLDER ...] [--methods tpe:60,gradient:24]
                               [--set KEY=VALUE] [--json runs/gradient.json]
 
 FOLDER is made by `abliterate demo-model` or `abliterate real-model`. A method is the search's name and its number of
-trials. Refusals and KL are the report's, on prompts that the job has not used. Responses to the same prompts are the
-export's, by plain transformers: right to the word on an organism, whose world is known; word for word the base
-model's on any model; broken by the detector of the search. A finished job is kept in the JSON file and not repeated.
+trials, by default the tool's. Refusals and KL are the report's, on prompts that the job has not used. Responses to the
+same prompts are the export's, by plain transformers: right to the word on an organism, whose world is known; word for
+word the base model's on any model; broken by the detector of the search. A finished job is kept in the JSON file and
+not repeated.
 A row of the table is over all seeds and numbers of threads.
 """
 
@@ -32,6 +33,7 @@ from benchmarks.real import FEW_REFUSALS, Conditions, run_this
 from job.config.load import default_values
 from job.organism.world import expected_answer
 from job.scoring.broken import is_broken
+from job.search.method import planned_trials
 from tests.helpers import only_job
 
 _ROWS = 20
@@ -200,10 +202,11 @@ def main() -> None:
     kept = [Cell.parsed(cell) for cell in json.loads(given.json.read_text())] if given.json.exists() else []
     known = {cell.conditions for cell in kept}
     for seed, threads, folder, one in product(given.seeds, given.threads, given.folders, given.methods.split(",")):
-        method, _, trials = one.partition(":")
-        if (folder.name, method, int(trials), seed, threads, tuple(given.set)) in known:
+        method, _, number = one.partition(":")
+        trials = int(number) if number else planned_trials(None, method)
+        if (folder.name, method, trials, seed, threads, tuple(given.set)) in known:
             continue
-        kept.append(measured(folder, method, int(trials), seed, threads, given))
+        kept.append(measured(folder, method, trials, seed, threads, given))
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps([asdict(cell) for cell in kept], indent=1) + "\n")
     print("\n".join(table(kept)))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from job.errors import ImpossibleJobError, MachineError
+from job.generation.forward import first_logits
 from job.model.config_file import model_config
 from job.model.loading import load_model, quieten_transformers, read_config
 from job.model.safetensors_header import read_header
@@ -146,3 +147,14 @@ def test_files_that_would_fill_the_memory_are_not_read(model_in_one_file: Path) 
         read_header(weights)
     with pytest.raises(ImpossibleJobError, match="more than 512 MiB"):
         object_of(tokenizer)
+
+
+def test_the_head_reads_contiguous_inputs_where_a_prompts_last_position_is_kept(model_in_one_file: Path) -> None:
+    """Regression: torch copied the head's weight once per prompt."""
+    loaded, seen = load_model(model_in_one_file, loading("bfloat16"), print), list[torch.Tensor]()
+    head = loaded.model.get_output_embeddings()
+    assert head is not None
+    head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    first_logits(loaded.model, [[5, 6, 7], [8, 9]])
+    assert [tuple(one.shape[:2]) for one in seen] == [(2, 1)]
+    assert seen[0].is_contiguous()
