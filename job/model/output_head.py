@@ -18,4 +18,4 @@ def make_head_inputs_contiguous(model: PreTrainedModel) -> None:
 
 
 def _contiguous(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (inputs[0].contiguous(), *inputs[1:])
+    return tuple(one.contiguous() for one in inputs)

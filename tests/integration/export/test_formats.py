@@ -67,7 +67,7 @@ def test_an_adapter_is_the_hooked_model_for_plain_peft(
     assert config["base_model_name_or_path"] == "kitchen/base"
     assert config["target_modules"] == ["down_proj", "o_proj"]
     fresh = with_adapter(load_model(random_model_folder, loading("float32"), lambda _: None), tmp_path)
-    assert torch.equal(first_logits(fresh.model, PROMPTS), found)
+    torch.testing.assert_close(first_logits(fresh.model, PROMPTS), found, rtol=0, atol=1e-6)  # its head reads a copy
 
 
 LEARNED = LearnedDirections(sha256="1" * 64, position=0.4)

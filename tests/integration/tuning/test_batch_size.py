@@ -198,7 +198,7 @@ def scorer(good, bad, rows):
 tuner = Tuner(workspace, record, settings, prompts, loaded, scorer, 4, 1, Events())
 scorer(prompts.good_search[:4], prompts.bad_search[:4], 4)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + 30_000_000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (taken + 22_000_000, resource.RLIM_INFINITY))
 print(tuner.rows(64))
 """
 
