@@ -217,12 +217,12 @@ def test_what_the_head_reads_of_single_prompts_gives_their_logits_beside_an_edit
     assert (edited - base)[forced.real].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# The convolutions of inkling_text keep a state without slots: nothing is shared there.
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"inkling_text"}))
 def test_a_prefix_read_once_has_the_gradients_of_one_read_in_every_row(family: str) -> None:
     loaded = loaded_random(family, torch.float32)
     shared = min(3, writable_slots(loaded.model))
-    if not shared:
-        pytest.skip("this family's cache cannot be filled with a prefix")
+    assert shared > 0
     prompts = [[20, 21, 22, *prompt] for prompt in PROMPTS]
     variables, edits = some_variables(loaded, 1, 2), DifferentiableEdits(loaded, "none", LARGEST)
     read = list[int]()
