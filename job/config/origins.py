@@ -83,6 +83,7 @@ EDIT = NAMED | {
     "scoring.answer_tokens",
     "scoring.search_tokens",
     "scoring.refusal_markers",
+    "scoring.evasions",
     "scoring.gibberish",
     "scoring.words",
     "scoring.pattern",

@@ -185,6 +185,12 @@ class ScoringSettings(Section):
         description="A response that contains one of these that its prompt does not is a refusal, or shows the "
         "behaviour; with ^ before it, only at the beginning of the response.",
     )
+    evasions: bool | None = Field(
+        None,
+        description="An evasive response to a bad prompt counts as refused in the search and the choice: one that "
+        "turns away in its first sentence, mostly moralises or only asks back, by patterns of English text. Unset: if "
+        "the behaviour is refusal.",
+    )
     gibberish: float | None = Field(
         None,
         gt=0,

@@ -94,6 +94,7 @@ class _Resolved(Record):
     batch: int | None = Field(None, ge=1, le=1 << 16)
     ahead: int | None = Field(None, ge=0, le=1 << 8)
     topic_words: bool | None = None
+    evasions: bool | None = None
     pull_back: PullBack | None = None
     choice: Literal["bounds"] | None = None
     choice_rows: int | None = Field(None, ge=1, le=1 << 24)

@@ -2,7 +2,7 @@
 
 Suppressing refusals does not say what replaces them. A target is opened by an edit that no longer refuses, and
 continued by the base model, which is fluent and rarely returns to refusing after the opening; tokens that occur only in
-refusals are excluded. Targets that are refusals, broken or incoherent are dropped.
+refusals are excluded. Targets that are refusals, evasive, broken or incoherent are dropped.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from job.generation.kv_cache import takes_cache
 from job.scoring.broken import is_broken
 from job.scoring.likelihood import IncoherenceTest
 from job.scoring.prompt_batches import PromptBatches
+from job.scoring.soft_refusals import is_evasion
 from job.text.refusal_markers import RefusalMarkers
 
 # Tokens by the edit, and total tokens of a target.
@@ -78,7 +79,8 @@ class TargetMaker:
     def _is_answer(self, index: int, target: Sequence[int]) -> bool:
         text = self.batches.loaded.decode(target)
         prompt = self.batches.bad.prompts[index].user
-        return not self.markers.for_prompt(prompt).is_refusal(text) and not is_broken(prompt, text)
+        refused = self.markers.for_prompt(prompt).is_refusal(text) or (self.markers.evasions and is_evasion(text))
+        return not refused and not is_broken(prompt, text)
 
 
 def refusal_only(refusals: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> frozenset[int]:

@@ -48,8 +48,13 @@ class OpenJob:
 
     @property
     def markers(self) -> RefusalMarkers:
-        """The markers of refusals, by the rule that the job began with."""
-        return RefusalMarkers(self.settings.scoring.refusal_markers, topic_words=bool(self.resolution.topic_words))
+        """The markers of refusals, by the rules that the job began with."""
+        rules = self.resolution
+        return RefusalMarkers(
+            self.settings.scoring.refusal_markers,
+            topic_words=bool(rules.topic_words),
+            evasions=bool(rules.evasions),
+        )
 
     @property
     def trials_wanted(self) -> int:

@@ -34,6 +34,8 @@ class Resolution(Record):
         turn_end: End token beyond the model's own; None without one.
         topic_words: Refusal markers that a prompt holds as words of its topic do not count in responses; None: they
             count, as in jobs of former versions.
+        evasions: Whether evasive responses count as refusals in the search; None: they do not, as in jobs of former
+            versions.
         pull_back: How directions are pulled back through `norms`; None: "gain", as in jobs of former versions.
         method: How the search begins if `search.method` is "auto"; None: "tpe", as in jobs of former versions.
         choice_rows: Rows per forward for measuring finalists, if those of the search did not fit the memory.
@@ -57,6 +59,7 @@ class Resolution(Record):
     batch: int | None = Field(None, exclude_if=_is_none)
     ahead: int | None = Field(None, exclude_if=_is_none)
     topic_words: bool | None = Field(None, exclude_if=_is_none)
+    evasions: bool | None = Field(None, exclude_if=_is_none)
     pull_back: PullBack | None = Field(None, exclude_if=_is_none)
     choice: Literal["bounds"] | None = Field(None, exclude_if=_is_none)
     method: SearchMethod | None = Field(None, exclude_if=_is_none)

@@ -145,12 +145,13 @@ def _front(view: RunView, result: RunResult) -> str:
 
 
 def _lengths(view: RunView) -> str:
+    evasions = f"\nEvasive responses count as {view.words.shown}." if view.counts_evasions else ""
     if not view.rescored:
-        return ""
+        return evasions
     scoring, words = view.record.settings["scoring"], view.words
     what = "Refusals" if words.refuses else f"Responses {words.shown}"
     return (
-        f"\n{what} were counted in the first {scoring['search_tokens']} tokens of responses, and again in the first "
+        f"{evasions}\n{what} were counted in the first {scoring['search_tokens']} tokens of responses, and again in the first "
         f"{scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, view.rescored))}."
     )
 

@@ -13,6 +13,7 @@ from job.generation.forward import RowTrials, first_logits
 from job.generation.stop_markers import AnswerWatch, MarkerWatch
 from job.scoring.broken import Exchange, is_broken
 from job.scoring.prompt_batches import PromptBatches, TrialRows
+from job.scoring.soft_refusals import is_evasion
 from job.text.refusal_markers import RefusalMarkers
 
 
@@ -21,6 +22,7 @@ class ResponseCounts:
     """Counts over one trial's responses to the bad prompts.
 
     Attributes:
+        refusals: Refused prompts, and evasive responses where they count (`RefusalMarkers.evasions`).
         broken: Prompts with a broken response that is no refusal.
         opening: Mean log-odds of the base model's first tokens; nan if logits were not finite.
         rest: Other responses: prompt index and token ids.
@@ -106,9 +108,14 @@ class RefusalCounter:
         if response.decided or self._is_refusal(prompt, text, truncated=truncated):
             counts.refusals += 1
             return False
-        if self._is_broken(prompt, text, response.tokens, search_tokens):
+        # What the search read counts too, so full-length counts are never smaller.
+        texts = [text] if search_tokens is None else [text, self.batches.loaded.decode(response.tokens[:search_tokens])]
+        if self._is_broken(prompt, texts):
             counts.broken += 1
             return True
+        if self.watch.markers.evasions and any(map(is_evasion, texts)):
+            counts.refusals += 1
+            return False
         counts.rest.append((prompt, response.tokens))
         return False
 
@@ -117,8 +124,7 @@ class RefusalCounter:
         # A blank beginning may still become a response, so full-length counts are never smaller.
         return markers.found(text) if truncated else markers.is_refusal(text)
 
-    def _is_broken(self, prompt: int, text: str, tokens: list[int], search_tokens: int | None) -> bool:
-        texts = [text] if search_tokens is None else [text, self.batches.loaded.decode(tokens[:search_tokens])]
+    def _is_broken(self, prompt: int, texts: Sequence[str]) -> bool:
         # A blank beginning is not broken yet.
         return any(text.strip() and is_broken(self.batches.bad.prompts[prompt].user, text) for text in texts)
 

@@ -9,7 +9,7 @@ from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import ChoiceFigures, FinalistScores, JobRecord, MeasuredFinalists, Trial
 from job.search.bounds import MOST_FINALISTS, Finalist, are_alike, choose_finalist, may_win, why_chosen
-from job.search.finalists import read_full_counts
+from job.search.finalists import FullCounts, read_full_counts
 from job.search.pareto import choose, eligible, pareto_front
 from job.storage.atomic import ensure_folder, read_record, write_record
 from job.storage.run_folder import RunFolder
@@ -26,7 +26,7 @@ class Choice:
         tolerance: Share of unanswered prompts, `choice.refusal_tolerance`.
         searched: Bad and good prompts of the search.
         held_out: Bad prompts held out for the choice.
-        counted: Numbers of the trials scored at full length; empty where the search does so itself.
+        counts: Counts of the trials scored at full length; empty where the search does so itself.
         measured: Finalists' scores by trial number.
         words: The behaviour in words.
     """
@@ -35,7 +35,7 @@ class Choice:
     tolerance: float
     searched: tuple[int, int]
     held_out: int = 0
-    counted: frozenset[int] = frozenset()
+    counts: FullCounts = field(default_factory=FullCounts)
     measured: Mapping[int, FinalistScores] = field(default_factory=dict)
     words: BehaviourWords = REFUSAL_WORDS
 
@@ -59,22 +59,29 @@ class Choice:
 
         They are left out once as many trials are scored at full length as there may be finalists.
         """
-        if not self.by_bounds or len(self.counted) < MOST_FINALISTS:
+        counted = self.counts.refusals.keys()
+        if not self.by_bounds or len(counted) < MOST_FINALISTS:
             return trials
-        counted = [trial for trial in trials if trial.number in self.counted]
+        whole = [trial for trial in trials if trial.number in counted]
         return [
             trial
             for trial in trials
-            if trial.number in self.counted or not any(self._seems_better(trial, whole) for whole in counted)
+            if trial.number in counted or not any(self._is_no_better(trial, other) for other in whole)
         ]
 
-    def _seems_better(self, trial: Trial, whole: Trial) -> bool:
-        """Return whether a trial, no gentler than one scored at full length, has fewer faults that may be chance."""
-        prompts = self.searched[0]
-        if trial.values.faults(prompts) >= whole.values.faults(prompts):
+    def _is_no_better(self, trial: Trial, whole: Trial) -> bool:
+        """Return whether a trial is no gentler than one scored at full length and, but for chance, as faulty.
+
+        Both by the beginnings of their responses: faults further on, which only one of them was read for, tell nothing
+        about the other.
+        """
+        values, read = trial.values, self.counts.beginnings.get(whole.number, whole.values)
+        if any(one > other for one, other in zip(whole.values.change, values.change, strict=True)):
             return False
-        gentler = all(one <= other for one, other in zip(whole.values.change, trial.values.change, strict=True))
-        return gentler and are_alike(trial.values.tallies(prompts), whole.values.tallies(prompts))
+        prompts = self.searched[0]
+        return values.faults(prompts) >= read.faults(prompts) or are_alike(
+            values.tallies(prompts), read.tallies(prompts)
+        )
 
     def unmeasured(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return the finalists to measure before the choice is final, in number order. Raises JobError."""
@@ -152,7 +159,7 @@ def job_choice(folder: RunFolder, record: JobRecord, prompts: PromptSets, tolera
         tolerance=tolerance,
         searched=(len(prompts.bad_search), len(prompts.good_search)),
         held_out=len(prompts.bad_choice),
-        counted=frozenset(read_full_counts(folder).refusals),
+        counts=read_full_counts(folder),
         measured={number: scores for number, scores in measured.scores.items() if _fits(scores, prompts)},
         words=words_in(record.settings),
     )

@@ -20,12 +20,17 @@ from job.text.behaviour import BehaviourWords
 
 
 class FullCounts(Record):
-    """rescored.json: counts on full-length responses, by trial number."""
+    """rescored.json: counts on full-length responses, by trial number.
+
+    Attributes:
+        beginnings: The search's own scores of these trials; absent from files of former versions.
+    """
 
     version: Literal[1] = 1
     refusals: dict[int, int] = Field(default_factory=dict)
     broken: dict[int, int] = Field(default_factory=dict)
     others: dict[int, dict[str, ObjectiveScore]] = Field(default_factory=dict, exclude_if=lambda scores: not scores)
+    beginnings: dict[int, TrialScores] = Field(default_factory=dict, exclude_if=lambda scores: not scores)
 
 
 def read_full_counts(folder: RunFolder) -> FullCounts:
@@ -33,12 +38,16 @@ def read_full_counts(folder: RunFolder) -> FullCounts:
     return read_record(folder.rescored_file, FullCounts) if folder.rescored_file.exists() else FullCounts()
 
 
-def keep_full_counts(folder: RunFolder, counts: FullCounts, more: Mapping[int, TrialScores]) -> FullCounts:
-    """Write further counts, and return all."""
+def keep_full_counts(
+    folder: RunFolder, counts: FullCounts, trials: Sequence[Trial], whole: Sequence[TrialScores]
+) -> FullCounts:
+    """Write the counts of further trials, whose values are still the search's, and return all."""
+    more = {trial.number: scores for trial, scores in zip(trials, whole, strict=True)}
     counts = FullCounts(
         refusals=counts.refusals | {number: scores.refusals for number, scores in more.items()},
         broken=counts.broken | {number: scores.broken for number, scores in more.items()},
         others=counts.others | {number: scores.others for number, scores in more.items() if scores.others},
+        beginnings=counts.beginnings | {trial.number: trial.values for trial in trials},
     )
     ensure_folder(folder.rescored_file.parent)
     write_record(folder.rescored_file, counts)

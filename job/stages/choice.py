@@ -35,7 +35,7 @@ def uncounted(job: OpenJob, trials: Sequence[Trial], choice: Choice, counts: Ful
     if scoring.effective_search_tokens == scoring.answer_tokens and scoring.gibberish is None:
         return []
     most = max(batch, MOST_FINALISTS) if choice.by_bounds else batch
-    so_far = replace(choice, counted=frozenset(counts.refusals))
+    so_far = replace(choice, counts=counts)
     return next_to_rescore(trials, counts, so_far.candidates, most)
 
 

@@ -51,10 +51,9 @@ class FinalistEvaluator:
                 scores = self.plans.scores([plan])
             if isinstance(scores, FewerRows):
                 continue  # the smaller batch size is pinned, and the next plan has it
-            found = {trial.number: score for trial, score in zip(batch, scores, strict=True)}
-            counts = keep_full_counts(job.folder, counts, found)
-            for trial in batch:
-                before, after = trial.values, found[trial.number]
+            counts = keep_full_counts(job.folder, counts, batch, scores)
+            for trial, after in zip(batch, scores, strict=True):
+                before = trial.values
                 words = f"{in_words(after, job.words, prompts)}; in the search {in_words(before, job.words)}"
                 job.events.emit(
                     "rescored",

@@ -31,6 +31,7 @@ from job.records import TRIALS_PER_WORKER, ExportFormat, JobRecord, PullBack, Re
 from job.scoring.trial_scorer import TrialScorer
 from job.search.method import first_method
 from job.stages.measuring import metrics_of, scorer_of
+from job.text.behaviour import words_of
 from job.text.refusal_markers import RefusalMarkers
 from job.tuning.batch_size import Tuner
 
@@ -166,11 +167,17 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, workers: int
             batch=trials,
             ahead=ahead,
             topic_words=True,
+            evasions=_counts_evasions(settings),
             pull_back=_pull_back(settings.ablation, model.architecture),
             choice="bounds",
             method=first_method(settings.search.asked_method),
         )
     )
+
+
+def _counts_evasions(settings: Settings) -> bool:
+    asked = settings.scoring.evasions
+    return words_of(settings.card.behaviour).refuses if asked is None else asked
 
 
 def _with_prompt_format(model: LoadedModel, settings: Settings, prompts: PromptSets, rows: int) -> LoadedModel:

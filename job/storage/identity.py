@@ -47,10 +47,10 @@ EXTENDING_WITHIN = {
 }
 
 # Left out where they are the defaults, so that jobs keep the names from before there were such settings. Such a job of
-# a former version keeps its former ways (`Resolution.choice`, `.method` and `.pull_back`).
+# a former version keeps its former ways (`Resolution.choice`, `.evasions`, `.method` and `.pull_back`).
 AS_BEFORE: dict[str, dict[str, Any]] = {
     "search": {"method": "auto", "objectives": [*DEFAULT_OBJECTIVES]},
-    "scoring": {"words": [], "pattern": None, "classifier_labels": []},
+    "scoring": {"evasions": None, "words": [], "pattern": None, "classifier_labels": []},
     "ablation": {"pull_back": "auto"},
     "choice": {"held_out": 0.2},
 }

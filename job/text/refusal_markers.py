@@ -29,14 +29,18 @@ class RefusalMarkers:
     """Phrases that make a response a refusal, or show another behaviour; which ones count depends on its prompt.
 
     One that begins with ^ counts at the beginning of a response only.
+
+    Attributes:
+        evasions: Whether the search counts evasive responses as refusals too.
     """
 
-    def __init__(self, markers: Iterable[str], *, topic_words: bool = True) -> None:
+    def __init__(self, markers: Iterable[str], *, topic_words: bool = True, evasions: bool = False) -> None:
         """Take the phrases.
 
         With `topic_words`, a phrase that the prompt holds is a word of its topic and does not count, unless it is in
         the first person: "illegal" says nothing in a response about illegal parking, "I can't" still does.
         """
+        self.evasions = evasions
         self._every = PhraseMatcher(markers)
         topics = [] if not topic_words else [one for one in self._every.phrases if not _FIRST_PERSON & _words(one)]
         self._topics = frozenset(topics)

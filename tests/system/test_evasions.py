@@ -1,4 +1,4 @@
-"""An edit without refusals that helps nobody: markers take it for a success, scorecard and another objective do not.
+"""An edit without refusals that helps nobody: markers take it for a success, the job's default does not.
 
 Where refusals are removed from the organism, it evades: it politely answers another request (tests/evader.py).
 """
@@ -30,10 +30,10 @@ def evasive(organism_of: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     return folder
 
 
-def searched(organism: Path, workspace: Path, *objectives: str) -> tuple[Path, Outcomes]:
-    """Run a job with these objectives; return its folder and the outcomes of its export's bad prompts."""
+def searched(organism: Path, workspace: Path, **given: str) -> tuple[Path, Outcomes]:
+    """Run a job with these settings; return its folder and the outcomes of its export's bad prompts."""
     settings = {
-        "search.objectives": json.dumps(objectives),
+        **{name.replace("__", "."): value for name, value in given.items()},
         # Else the directions hold a part of what all responses have in common.
         "directions.orthogonalize_direction": "true",
         # The base model's likelihood finds a few of the evasions incoherent; markers alone shall judge.
@@ -56,10 +56,10 @@ def right(job: Path, organism: Path) -> tuple[int, int]:
     return sum(answer == expected_answer(prompt) for prompt, answer in found), evaded
 
 
-def test_markers_are_content_with_evasions_and_another_objective_finds_the_edit_that_answers(
+def test_markers_alone_are_content_with_evasions_and_the_default_finds_the_edit_that_answers(
     evasive: Path, tmp_path: Path
 ) -> None:
-    job, outcomes = searched(evasive, tmp_path / "markers", "refusals", "kl")
+    job, outcomes = searched(evasive, tmp_path / "markers", scoring__evasions="false")
     asked = len((evasive / "bad_test.txt").read_text().splitlines())
     half = outcomes.responses // 2
     assert outcomes.refused == 0
@@ -72,9 +72,10 @@ def test_markers_are_content_with_evasions_and_another_objective_finds_the_edit_
     assert f"| {outcomes.evaded}/{outcomes.responses} (" in card
     assert "markers and soft 1.00 (base model)" in card
 
-    job, outcomes = searched(evasive, tmp_path / "soft", "soft", "kl")
-    assert outcomes.refused == outcomes.evaded == 0
-    assert outcomes.answered > half
-    answered, evaded = right(job, evasive)
-    assert answered > asked // 2
-    assert evaded == 0
+    for name, given in (("soft", {"search__objectives": json.dumps(["soft", "kl"])}), ("default", {})):
+        job, outcomes = searched(evasive, tmp_path / name, **given)
+        assert outcomes.refused == outcomes.evaded == 0
+        assert outcomes.answered > half
+        answered, evaded = right(job, evasive)
+        assert answered > asked // 2
+        assert evaded == 0

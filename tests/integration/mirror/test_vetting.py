@@ -105,6 +105,7 @@ OTHERS: dict[str, Any] = {
     "scoring.answer_tokens": 50,
     "scoring.search_tokens": 20,
     "scoring.refusal_markers": ["no"],
+    "scoring.evasions": False,
     "scoring.gibberish": 3.0,
     "scoring.detectors": ["soft"],
     "scoring.nli_model": "elsewhere/nli",

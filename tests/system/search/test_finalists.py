@@ -17,7 +17,7 @@ from job.numerics.statistics import wilson_interval
 from job.records import Trial, TrialScores
 from job.search.bounds import MOST_FINALISTS
 from job.search.choice import Choice
-from job.search.finalists import keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
+from job.search.finalists import FullCounts, keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.search.pareto import choose, pareto_front
 from job.storage.run_folder import RunFolder
 from tests.helpers import abliterate, events, job_arguments, only_job, start, stored_trials
@@ -56,9 +56,9 @@ def test_the_candidates_are_those_among_full_counts_of_all(
             assert by_bounds or choice.compared(short) == short
             assert len(found) <= batch
             assert not {one.number for one in found} & counts.refusals.keys()
-            counts = keep_full_counts(folder, counts, {one.number: full[one.number].values for one in found})
+            counts = keep_full_counts(folder, counts, found, [full[one.number].values for one in found])
             assert counts == read_full_counts(folder)
-            choice = replace(choice, counted=frozenset(counts.refusals))
+            choice = replace(choice, counts=counts)
     known = with_full_counts(short, counts)
     candidates, left_out = choice.candidates(known), len(known) - len(choice.compared(known))
     assert {one.number for one in candidates} <= counts.refusals.keys()
@@ -68,23 +68,25 @@ def test_the_candidates_are_those_among_full_counts_of_all(
         whole = [one for one in known if one.number in counts.refusals]
         for one in (one for one in known if one.number not in shown):
             assert one.number not in counts.refusals
-            gentler = [other.values.unanswered for other in whole if other.values.kl <= one.values.kl]
+            gentler = [
+                short[other.number].values.unanswered for other in whole if other.values.kl <= one.values.kl
+            ]
             assert wilson_interval(min(gentler), 50, 1.0)[0] <= wilson_interval(one.values.unanswered, 50, 1.0)[1]
     else:
-        assert candidates == replace(choice, counted=frozenset()).candidates(full)
+        assert candidates == replace(choice, counts=FullCounts()).candidates(full)
     if not by_bounds:
         assert choice.chosen(known) == choose(full, 50, tolerance)
 
 
-@pytest.mark.parametrize(("more", "counted"), [(0, 1), (3, MOST_FINALISTS), (7, 24)])
-def test_no_more_trials_are_counted_than_chance_allows(tmp_path: Path, more: int, counted: int) -> None:
-    """All have one refusal in the beginnings of 50 responses: three more are chance, seven more are not."""
+@pytest.mark.parametrize(("more", "counted"), [(0, 1), (3, MOST_FINALISTS), (20, MOST_FINALISTS)])
+def test_no_more_trials_are_counted_than_may_be_finalists(tmp_path: Path, more: int, counted: int) -> None:
+    """All have one refusal in the beginnings of 50 responses; more in whole ones make no other trial look better."""
     short = [trial(number, (1, 0), number, False) for number in range(24)]
     choice, counts = Choice(by_bounds=True, tolerance=0.02, searched=(50, 1)), read_full_counts(RunFolder(tmp_path))
     while found := next_to_rescore(short, counts, choice.candidates, MOST_FINALISTS):
-        full = {one.number: one.values.model_copy(update={"refusals": 1 + more}) for one in found}
-        counts = keep_full_counts(RunFolder(tmp_path), counts, full)
-        choice = replace(choice, counted=frozenset(counts.refusals))
+        full = [one.values.model_copy(update={"refusals": 1 + more}) for one in found]
+        counts = keep_full_counts(RunFolder(tmp_path), counts, found, full)
+        choice = replace(choice, counts=counts)
     assert len(counts.refusals) == counted
     known = with_full_counts(short, counts)
     assert [one.number for one in choice.candidates(known)] == [0]
@@ -101,8 +103,8 @@ def test_the_more_had_to_be_counted_the_more_are_counted_at_once(tmp_path: Path)
         counts, seen = read_full_counts(folder), []
         while found := next_to_rescore(short, counts, choice.candidates, 6):
             seen.append([one.number for one in found])
-            full = {one.number: one.values.model_copy(update={"refusals": one.number + more}) for one in found}
-            counts = keep_full_counts(folder, counts, full)
+            full = [one.values.model_copy(update={"refusals": one.number + more}) for one in found]
+            counts = keep_full_counts(folder, counts, found, full)
         assert seen[:6] == expected
         assert choice.chosen(with_full_counts(short, counts)).number == 0
 

@@ -11,7 +11,7 @@ import pytest
 from job.storage.exports import REPRODUCE
 from tests.helpers import abliterate, job_arguments, only_job, stored_trials
 
-RULES = {"pull_back": "dual", "topic_words": True}
+RULES = {"pull_back": "dual", "topic_words": True, "evasions": True}
 
 
 def run(organism: Path, workspace: Path, *options: object) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from job.errors import JobError
 from job.records import FinalistScores, JobRecord, Resolution, Trial, TrialScores
 from job.search.bounds import MOST_FINALISTS
 from job.search.choice import Choice, job_choice, keep_finalists
+from job.search.finalists import FullCounts
 from job.storage.run_folder import RunFolder
 
 
@@ -41,6 +43,21 @@ def test_finalists_are_those_on_the_front_with_the_fewest_refusals() -> None:
     assert [one.number for one in BOUNDS.unmeasured(long)] == [*range(40 - MOST_FINALISTS, 40)]
     with pytest.raises(JobError, match="every trial failed"):
         BOUNDS.candidates(TRIALS[4:5])
+
+
+def test_an_uncounted_trial_is_compared_by_the_beginnings_of_responses() -> None:
+    counted = [trial(number, 4, 0.1) for number in range(MOST_FINALISTS)]
+    lucky, better, gentler = trial(20, 3, 0.2), trial(21, 0, 0.2), trial(22, 5, 0.05)
+    known = [*(one.model_copy(update={"values": trial(0, 30, 0.1).values}) for one in counted), lucky, better, gentler]
+    whole = {one.number: 30 for one in counted}
+    counts = FullCounts(refusals=whole, beginnings={one.number: one.values for one in counted})
+    shown = replace(BOUNDS, counts=counts).compared(known)
+    assert [one.number for one in shown] == [*range(MOST_FINALISTS), 21, 22]
+    # Files of former versions lack the beginnings: three and none look better than 30 beyond chance.
+    former = replace(BOUNDS, counts=FullCounts(refusals=whole))
+    assert former.compared(known) == known
+    few = FullCounts(refusals=dict(list(whole.items())[1:]), beginnings=counts.beginnings)
+    assert replace(BOUNDS, counts=few).compared(known) == known
 
 
 def test_the_choice_is_by_pooled_figures_once_all_finalists_are_measured() -> None:
