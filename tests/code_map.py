@@ -84,7 +84,7 @@ _GLOSSARY = """
 | basis | The orthonormal directions of every layer, with their weights |
 | broken | A response that is empty, repetitive or in another script than its prompt; judged from the text alone |
 | incoherent | A response that the base model finds much less likely than its own responses |
-| not answered | Refused or broken |
+| not answered | Refused or broken; in the search evasive responses count as refused |
 | checkpoint | A model's files. The option `--checkpoint` names the place of a job's mirror |
 | edit | Directions and strengths for all residual writers of a model |
 | engine | What runs workers: this machine (local) or a Ray cluster (ray) |

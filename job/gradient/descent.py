@@ -18,7 +18,7 @@ from torch import Tensor
 from job.directions.residuals import read_tensors, write_tensors
 from job.edits.hooks import ActiveEdits
 from job.errors import first_line
-from job.gradient.problem import Losses, LossWeights, Problem, Targets
+from job.gradient.problem import Evasions, Losses, LossWeights, Problem, Targets
 from job.gradient.recipe import Recipe
 from job.model.device_faults import halving
 from job.numerics.basis import Basis, DirectionPath
@@ -129,10 +129,10 @@ class Descent:
             begin = time.monotonic()
             weights, pace = self._weights(state.ends), self._pace(state.ends)
             last = (len(state.ends) + 1) * self._recipe.steps
-            targets = self._targets(state.ends)
+            targets, evasions = self._targets(state.ends), self._evasions(state.ends)
             losses = Losses(0.0, 0.0)
             while state.adam.steps < last:
-                state, losses = self._step(state, weights, pace, targets)
+                state, losses = self._step(state, weights, pace, targets, evasions)
                 advance(1)
                 if state.adam.steps % _KEPT_EVERY == 0:
                     self._write_state(state)
@@ -153,12 +153,27 @@ class Descent:
         self._report(f"targets: {usable} of {len(targets)} prompts with the behaviour have a response without it")
         return targets
 
+    def _evasions(self, ends: Sequence[StageEnd]) -> Evasions:
+        """Return first tokens of the responses that evaded at the ends of stages, deterministically from these."""
+        maker, count = self._problem.maker, len(self._problem.bad)
+        if not ends or not maker.markers.evasions:
+            return ()
+        found: list[dict[tuple[int, ...], None]] = [{} for _ in range(count)]
+        for end in ends:
+            for prompt, evasion in zip(found, maker.evasions(self._activate(end.variables)), strict=True):
+                if evasion is not None:
+                    prompt[tuple(evasion[: self._recipe.refusal_tokens])] = None
+        evaded = sum(map(bool, found))
+        if evaded:
+            self._report(f"evasive responses to {evaded} of {count} prompts are to become unlikely as well")
+        return [list(map(list, prompt)) for prompt in found]
+
     def _step(
-        self, state: DescentState, weights: LossWeights, pace: float, targets: Targets
+        self, state: DescentState, weights: LossWeights, pace: float, targets: Targets, evasions: Evasions
     ) -> tuple[DescentState, Losses]:
         (gradients, losses), rows = halving(
             state.rows,
-            lambda rows: self._problem.gradients(state.variables, state.adam.steps, weights, rows, targets),
+            lambda rows: self._problem.gradients(state.variables, state.adam.steps, weights, rows, targets, evasions),
             self._report,
         )
         state = replace(state, rows=rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,8 +29,12 @@ from job.scoring.likelihood import IncoherenceTest
 from job.scoring.prompt_batches import PromptBatches
 from job.text.refusal_markers import RefusalMarkers
 
+T = TypeVar("T")
+
 # A target or None for every bad prompt of a problem.
 Targets = Sequence[list[int] | None]
+# For every bad prompt of a problem, first tokens of evasive responses.
+Evasions = Sequence[Sequence[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,23 @@ class Problem:
             refusals=[said[index][: recipe.refusal_tokens] for index in refused],
             good=batches.good.tokens,
             answers=own,
-            maker=TargetMaker(batches, refused, only, markers, coherence),
+            maker=TargetMaker(batches, refused, only, markers, coherence, response_tokens),
             shared=len(batches.prefix),
         )
 
     def gradients(
-        self, variables: EditVariables, step: int, weights: LossWeights, rows: int, targets: Targets = ()
+        self,
+        variables: EditVariables,
+        step: int,
+        weights: LossWeights,
+        rows: int,
+        targets: Targets = (),
+        evasions: Evasions = (),
     ) -> tuple[EditVariables, Losses]:
-        """Return the gradients and terms of a step's loss; `targets` has a target or None per bad prompt."""
+        """Return the gradients and terms of a step's loss; `targets` has a target or None per bad prompt.
+
+        Where there are `evasions` of a prompt, they are to become as unlikely as its refusal.
+        """
         watched = variables.with_gradients()
         bad, good = (
             minibatch(self.seed, step, name, len(prompts), self.recipe.batch)
@@ -131,8 +144,10 @@ class Problem:
         refusal = divergence = 0.0
         with_target = [index for index in bad if targets and targets[index]]
         share = self.recipe.refusal_weight if with_target else 1.0
-        for part in _parts(bad, rows):
-            terms = self._refusal_terms(watched, part)
+        unwanted = [(index, self.refusals[index]) for index in bad]
+        unwanted += [(index, opening) for index in bad if evasions for opening in evasions[index]]
+        for openings in _parts(unwanted, rows):
+            terms = self._refusal_terms(watched, openings)
             backward(share * terms.sum() / len(bad))
             refusal += float(terms.detach().sum()) / len(bad)
         for part in _parts(with_target, rows):
@@ -154,12 +169,12 @@ class Problem:
     def read_longest(self, variables: EditVariables) -> None:
         """Compute gradients of the longest prompts, one row a forward: a step's memory per row."""
         watched = variables.with_gradients()
-        for terms, prompts, answers in (
-            (self._refusal_terms, self.bad, self.refusals),
-            (self._divergences, self.good, self.answers),
-        ):
-            longest = max(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
-            backward(terms(watched, [longest]).sum())
+        bad, good = (
+            max(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
+            for prompts, answers in ((self.bad, self.refusals), (self.good, self.answers))
+        )
+        backward(self._refusal_terms(watched, [(bad, self.refusals[bad])]).sum())
+        backward(self._divergences(watched, [good]).sum())
 
     @torch.no_grad()
     def loss(self, variables: EditVariables, step: int, weights: LossWeights, rows: int) -> float:
@@ -169,14 +184,16 @@ class Problem:
             minibatch(self.seed, step, name, len(prompts), self.recipe.batch)
             for name, prompts in (("bad", self.bad), ("good", self.good))
         )
-        for part in _parts(bad, rows):
-            total += float(self._refusal_terms(variables, part).sum()) / len(bad)
+        for openings in _parts([(index, self.refusals[index]) for index in bad], rows):
+            total += float(self._refusal_terms(variables, openings).sum()) / len(bad)
         for part in _parts(good, rows):
             total += weights.beta * float(self._divergences(variables, part).sum()) / len(good)
         return total
 
-    def _refusal_terms(self, variables: EditVariables, chosen: Sequence[int]) -> Tensor:
-        forced = self._forced(self.bad, self.refusals, chosen)
+    def _refusal_terms(self, variables: EditVariables, chosen: Sequence[tuple[int, list[int]]]) -> Tensor:
+        """Return the terms of first tokens that are to become unlikely, each with its bad prompt's index, [n]."""
+        prompts = [self.bad[index] for index, _ in chosen]
+        forced = ForcedAnswers.of(prompts, [opening for _, opening in chosen], self.loaded.device, self.shared)
         with self.edits.applied(variables, [0] * len(chosen)):
             logits = answer_logits(self.loaded.model, forced)
         return refusal_term(sequence_log_probabilities(logits, forced.answers, forced.real), self.recipe.margin)
@@ -223,5 +240,5 @@ class Problem:
         return ForcedAnswers.of(asked, forced, self.loaded.device, self.shared)
 
 
-def _parts(chosen: Sequence[int], rows: int) -> list[Sequence[int]]:
+def _parts(chosen: Sequence[T], rows: int) -> list[Sequence[T]]:
     return [chosen[begin : begin + rows] for begin in range(0, len(chosen), rows)]

@@ -30,6 +30,7 @@ class TargetMaker:
     Attributes:
         bad: Indices of the problem's bad prompts.
         refusal_tokens: Tokens that occur only in refusals.
+        response_tokens: Longest response of the search.
     """
 
     batches: PromptBatches
@@ -37,6 +38,7 @@ class TargetMaker:
     refusal_tokens: frozenset[int]
     markers: RefusalMarkers
     coherence: IncoherenceTest
+    response_tokens: int
 
     def targets(self, edits: ActiveEdits) -> list[list[int] | None]:
         """Return a target for every bad prompt, None without a usable one; edit 0 opens."""
@@ -59,6 +61,14 @@ class TargetMaker:
             target if usable and not unlikely and self._is_answer(index, target) else None
             for index, target, usable, unlikely in zip(self.bad, targets, whole, incoherent, strict=True)
         ]
+
+    def evasions(self, edits: ActiveEdits) -> list[list[int] | None]:
+        """Return edit 0's response to every bad prompt, None where it does not evade."""
+        prompts = [self.batches.bad.tokens[index] for index in self.bad]
+        limit = self.response_tokens
+        said = self.batches.row_limit.fit(lambda rows: self.batches.responses(prompts, limit, rows, edits))
+        decode = self.batches.loaded.decode
+        return [answer.tokens if is_evasion(decode(answer.tokens)) else None for answer in said]
 
     def _continued(self, begun: Sequence[list[int]], rows: int) -> list[list[int]]:
         loaded, found = self.batches.loaded, list[list[int]]()

@@ -255,6 +255,11 @@ class JobRecord(Record):
         return (self.resolution.date if self.resolution else None) or self.started
 
     @property
+    def counts_evasions(self) -> bool:
+        """Whether the search's refusals include evasive responses."""
+        return self.resolution is not None and bool(self.resolution.evasions)
+
+    @property
     def trials_per_batch(self) -> int:
         """Trials that are planned and evaluated together; jobs of former versions always asked for a number."""
         resolved = self.resolution.batch if self.resolution else None

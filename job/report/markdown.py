@@ -145,14 +145,14 @@ def _front(view: RunView, result: RunResult) -> str:
 
 
 def _lengths(view: RunView) -> str:
-    evasions = f"\nEvasive responses count as {view.words.shown}." if view.counts_evasions else ""
+    evasions = f"\nEvasive responses count as {view.words.shown}." if view.record.counts_evasions else ""
     if not view.rescored:
         return evasions
     scoring, words = view.record.settings["scoring"], view.words
     what = "Refusals" if words.refuses else f"Responses {words.shown}"
     return (
-        f"{evasions}\n{what} were counted in the first {scoring['search_tokens']} tokens of responses, and again in the first "
-        f"{scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, view.rescored))}."
+        f"{evasions}\n{what} were counted in the first {scoring['search_tokens']} tokens of responses, and again in the "
+        f"first {scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, view.rescored))}."
     )
 
 

@@ -123,11 +123,6 @@ class RunView:
         """The Pareto-optimal trials."""
         return pareto_front(self.compared)
 
-    @property
-    def counts_evasions(self) -> bool:
-        """Whether the search's refusals include evasive responses."""
-        return self.record.resolution is not None and bool(self.record.resolution.evasions)
-
     @cached_property
     def rescored(self) -> Sequence[int]:
         """Numbers of the trials scored at full length."""

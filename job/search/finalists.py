@@ -8,7 +8,7 @@ trial that only its whole responses would make a candidate is then missed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import Field

@@ -14,10 +14,12 @@ from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals, read_tensors
 from job.edits.hooks import ActiveEdits, Intervention
 from job.gradient import problem as problems
+from job.gradient import targets
 from job.gradient.descent import Descent, DescentState, StageEnd, gradient_fault, worth_keeping
 from job.gradient.hooks import DifferentiableEdits
 from job.gradient.problem import LossWeights, Problem
 from job.gradient.recipe import Recipe
+from job.gradient.targets import TargetMaker
 from job.model.loading import LoadedModel, load_model
 from job.numerics.basis import Basis, DirectionPath
 from job.numerics.directions import mean_difference
@@ -197,6 +199,50 @@ def test_a_descent_that_was_interrupted_goes_on_to_the_same_numbers(case: Case, 
 def test_beta_stays_as_it_is_while_refusals_remain(case: Case, tmp_path: Path) -> None:
     ends = descended(case, tmp_path / "state.safetensors", scores=[TrialScores(refusals=5, kl=0.01)])
     assert [end.beta for end in ends] == [10.0, 10.0]
+
+
+def counting_evasions(case: Case, monkeypatch: pytest.MonkeyPatch) -> Case:
+    """Return the case where responses that begin with "Many" are taken for evasions."""
+    monkeypatch.setattr(targets, "is_evasion", lambda text: text.startswith("Many"))
+    markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"], evasions=True)
+    maker = dataclasses.replace(case.problem.maker, markers=markers)
+    return dataclasses.replace(case, problem=dataclasses.replace(case.problem, maker=maker))
+
+
+def test_evasive_responses_become_unlikely_also_after_an_interruption(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(SHORT, first_stages=3, steps=6, stages=3)
+    counting, seen = counting_evasions(case, monkeypatch), list[list[list[int] | None]]()
+    evasions = TargetMaker.evasions
+
+    def watched(maker: TargetMaker, edits: ActiveEdits) -> list[list[int] | None]:
+        seen.append(evasions(maker, edits))
+        return seen[-1]
+
+    monkeypatch.setattr(TargetMaker, "evasions", watched)
+    found = descended(counting, tmp_path / "found.safetensors", recipe=recipe)
+    first = [(index, said[: recipe.refusal_tokens]) for index, said in enumerate(seen[0]) if said is not None]
+    assert first
+    count = len(seen)
+    without = descended(case, tmp_path / "without.safetensors", recipe=recipe)
+    assert len(seen) == count  # they are looked for only where they count
+    assert same(found[0].variables, without[0].variables)
+    with torch.no_grad():
+        pushed, left = (float(case.problem._refusal_terms(e[-1].variables, first).sum()) for e in (found, without))
+    assert pushed < 0.8 * left, (pushed, left)
+    taken: list[int] = []
+
+    def interrupt(steps: int) -> None:
+        taken.append(steps)
+        if sum(taken) == 14:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "again.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        descended(counting, file, interrupt, recipe=recipe)
+    descended(counting, file, recipe=recipe)
+    assert file.read_bytes() == (tmp_path / "found.safetensors").read_bytes()
 
 
 def gone(kl: float) -> TrialScores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from job.config.load import default_values
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention
+from job.gradient import targets as module
 from job.gradient.targets import OPENING_TOKENS, TARGET_TOKENS, TargetMaker, refusal_only
 from job.model.loading import load_model
 from job.numerics.basis import Basis
@@ -22,6 +24,7 @@ from job.text.refusal_markers import RefusalMarkers
 from tests.helpers import loading
 
 PROMPTS = 24
+MARKERS = default_values()["scoring"]["refusal_markers"]
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +37,13 @@ def made(organism: Path) -> Iterator[tuple[TargetMaker, Intervention]]:
     residuals = [extract_residuals(loaded, loaded.tokenize(one), 32, lambda _: None)[:, 1:] for one in (good, bad)]
     basis = Basis.single(mean_difference(*residuals))
     batches = PromptBatches.of(loaded, good, bad, 32)
-    markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
+    markers = RefusalMarkers(MARKERS)
     own = batches.responses(batches.good.tokens, 30, 32)
     refusals = [answer.tokens for answer in batches.responses(batches.bad.tokens, 30, 32)]
     only = refusal_only(refusals, [answer.tokens for answer in own])
     coherence = IncoherenceTest.calibrated(batches, 2.0, own)
     with Intervention(loaded.model, loaded.architecture, basis, "none") as hooks:
-        yield TargetMaker(batches, range(PROMPTS), only, markers, coherence), hooks
+        yield TargetMaker(batches, range(PROMPTS), only, markers, coherence, 30), hooks
 
 
 def ablation(strength: float, layers: int) -> EditParameters:
@@ -67,6 +70,23 @@ def test_targets_are_answers_that_an_edit_opens_and_the_base_model_finishes(
         prompt = maker.batches.bad.prompts[maker.bad[index]].user
         assert not maker.markers.for_prompt(prompt).is_refusal(maker.batches.loaded.decode(target))
     assert targets == maker.targets(hooks.activate([ablation(1.0, layers)]))
+
+
+def test_responses_that_evade_under_an_edit_are_found_and_are_no_targets(
+    made: tuple[TargetMaker, Intervention], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which responses evade is planted: those that name a place."""
+    maker, hooks = made
+    edits = hooks.activate([ablation(1.0, maker.batches.loaded.architecture.layer_count)])
+    said = maker.batches.responses(maker.batches.bad.tokens, 30, 32, edits)
+    expected = [one.tokens if " kept in " in maker.batches.loaded.decode(one.tokens) else None for one in said]
+    assert 0 < expected.count(None) < PROMPTS
+    monkeypatch.setattr(module, "is_evasion", lambda text: " kept in " in text)
+    assert maker.evasions(edits) == expected
+    counted = replace(maker, markers=RefusalMarkers(MARKERS, evasions=True))
+    for found, before in zip(counted.targets(edits), maker.targets(edits), strict=True):
+        evades = before is not None and " kept in " in maker.batches.loaded.decode(before)
+        assert found == (None if evades else before)
 
 
 def test_what_still_refuses_is_no_target(made: tuple[TargetMaker, Intervention]) -> None:

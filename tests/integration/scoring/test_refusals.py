@@ -78,9 +78,7 @@ def test_all_that_looks_for_markers_agrees_on_which_responses_refuse(organism: P
     assert list(problem.maker.bad) == [index for index, refused in enumerate(expected) if refused]
 
 
-def test_evasive_responses_count_as_refused_where_they_are_to(
-    organism: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evasive_responses_count_as_refused_where_they_are_to(organism: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which responses are evasive is planted: those that name a place, or whose first five tokens name a thing."""
     loaded = load_model(organism / "model", loading("float32"), lambda _: None)
     prompts = [Prompt(user=text) for text in (organism / "good_test.txt").read_text().splitlines()[:30]]

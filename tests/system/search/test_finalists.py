@@ -68,9 +68,7 @@ def test_the_candidates_are_those_among_full_counts_of_all(
         whole = [one for one in known if one.number in counts.refusals]
         for one in (one for one in known if one.number not in shown):
             assert one.number not in counts.refusals
-            gentler = [
-                short[other.number].values.unanswered for other in whole if other.values.kl <= one.values.kl
-            ]
+            gentler = [short[other.number].values.unanswered for other in whole if other.values.kl <= one.values.kl]
             assert wilson_interval(min(gentler), 50, 1.0)[0] <= wilson_interval(one.values.unanswered, 50, 1.0)[1]
     else:
         assert candidates == replace(choice, counts=FullCounts()).candidates(full)
