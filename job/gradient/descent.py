@@ -112,6 +112,7 @@ class Descent:
         self._file, self._key, self._report = file, key, report
         self._room = room
         self.cut_short = False
+        self._evasions_of_ends: list[Sequence[list[int] | None]] = []
 
     def run(self, start: DescentState, advance: Callable[[int], None]) -> tuple[StageEnd, ...]:
         """Return the stages to keep; `advance` receives the number of steps done. Raises MachineError."""
@@ -158,11 +159,11 @@ class Descent:
         maker, count = self._problem.maker, len(self._problem.bad)
         if not ends or not maker.markers.evasions:
             return ()
+        known = self._evasions_of_ends
+        known += [maker.evasions(self._activate(end.variables)) for end in ends[len(known) :]]
         found: list[dict[tuple[int, ...], None]] = [{} for _ in range(count)]
-        for end in ends:
-            for prompt, evasion in zip(found, maker.evasions(self._activate(end.variables)), strict=True):
-                if evasion is not None:
-                    prompt[tuple(evasion[: self._recipe.refusal_tokens])] = None
+        for prompt, evasions in zip(found, zip(*known, strict=True), strict=True):
+            prompt.update((tuple(said[: self._recipe.refusal_tokens]), None) for said in evasions if said is not None)
         evaded = sum(map(bool, found))
         if evaded:
             self._report(f"evasive responses to {evaded} of {count} prompts are to become unlikely as well")

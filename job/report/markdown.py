@@ -150,10 +150,10 @@ def _lengths(view: RunView) -> str:
         return evasions
     scoring, words = view.record.settings["scoring"], view.words
     what = "Refusals" if words.refuses else f"Responses {words.shown}"
-    return (
-        f"{evasions}\n{what} were counted in the first {scoring['search_tokens']} tokens of responses, and again in the "
-        f"first {scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, view.rescored))}."
-    )
+    read = f"{what} were counted in the first {scoring['search_tokens']} tokens of responses"
+    trials = ", ".join(map(str, view.rescored))
+    again = f"again in the first {scoring['answer_tokens']} for the trials that came into question: {trials}"
+    return f"{evasions}\n{read}, and {again}."
 
 
 def detectors_text(found: DetectorReport | None, words: BehaviourWords) -> str:
