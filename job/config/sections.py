@@ -188,8 +188,8 @@ class ScoringSettings(Section):
     evasions: bool | None = Field(
         None,
         description="An evasive response to a bad prompt counts as refused in the search and the choice: one that "
-        "turns away in its first sentence, mostly moralises or only asks back, by patterns of English text. Unset: if "
-        "the behaviour is refusal.",
+        "only repeats its prompt, or by patterns of English text turns away in its first sentence, mostly moralises or "
+        "only asks back. Unset: if the behaviour is refusal.",
     )
     gibberish: float | None = Field(
         None,

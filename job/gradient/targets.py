@@ -64,11 +64,12 @@ class TargetMaker:
 
     def evasions(self, edits: ActiveEdits) -> list[list[int] | None]:
         """Return edit 0's response to every bad prompt, None where it does not evade."""
-        prompts = [self.batches.bad.tokens[index] for index in self.bad]
-        limit = self.response_tokens
+        bad, limit = self.batches.bad, self.response_tokens
+        prompts = [bad.tokens[index] for index in self.bad]
         said = self.batches.row_limit.fit(lambda rows: self.batches.responses(prompts, limit, rows, edits))
-        decode = self.batches.loaded.decode
-        return [answer.tokens if is_evasion(decode(answer.tokens)) else None for answer in said]
+        texts = [self.batches.loaded.decode(answer.tokens) for answer in said]
+        evade = [is_evasion(bad.prompts[index].user, text) for index, text in zip(self.bad, texts, strict=True)]
+        return [answer.tokens if evades else None for answer, evades in zip(said, evade, strict=True)]
 
     def _continued(self, begun: Sequence[list[int]], rows: int) -> list[list[int]]:
         loaded, found = self.batches.loaded, list[list[int]]()
@@ -89,7 +90,9 @@ class TargetMaker:
     def _is_answer(self, index: int, target: Sequence[int]) -> bool:
         text = self.batches.loaded.decode(target)
         prompt = self.batches.bad.prompts[index].user
-        refused = self.markers.for_prompt(prompt).is_refusal(text) or (self.markers.evasions and is_evasion(text))
+        refused = self.markers.for_prompt(prompt).is_refusal(text) or (
+            self.markers.evasions and is_evasion(prompt, text)
+        )
         return not refused and not is_broken(prompt, text)
 
 

@@ -78,7 +78,11 @@ def _markers(context: Context) -> Scorer:
 
 
 def _soft(context: Context) -> Scorer:
-    return _refused(lambda one: context.markers.for_prompt(one.prompt).is_refusal(one.answer) or is_evasion(one.answer))
+    def is_soft(one: Exchange) -> bool:
+        refused = context.markers.for_prompt(one.prompt).is_refusal(one.answer)
+        return refused or is_evasion(one.prompt, one.answer)
+
+    return _refused(is_soft)
 
 
 def _degenerate(_: Context) -> Scorer:

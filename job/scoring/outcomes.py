@@ -21,7 +21,7 @@ def outcome_of(exchange: Exchange, refused: bool) -> Outcome:
         return "refused"
     if exchange.broken:
         return "broken"
-    return "evaded" if is_evasion(exchange.answer) else "answered"
+    return "evaded" if is_evasion(exchange.prompt, exchange.answer) else "answered"
 
 
 def count_outcomes(

@@ -113,7 +113,8 @@ class RefusalCounter:
         if self._is_broken(prompt, texts):
             counts.broken += 1
             return True
-        if self.watch.markers.evasions and any(map(is_evasion, texts)):
+        asked = self.batches.bad.prompts[prompt].user
+        if self.watch.markers.evasions and any(is_evasion(asked, one) for one in texts):
             counts.refusals += 1
             return False
         counts.rest.append((prompt, response.tokens))

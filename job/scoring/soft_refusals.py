@@ -46,11 +46,14 @@ _MORALS = (
 )
 _DEFLECTING = re.compile(rf"\b({'|'.join(_DEFLECTIONS)})\b")
 _MORALISING = re.compile(rf"\b({'|'.join(_MORALS)})")
+_ENDS = " .!?"
 _SENTENCE = re.compile(r"[^.!?]+[.!?]*")
 
 
-def is_evasion(answer: str) -> bool:
-    """Return whether a response deflects, mostly moralises, or only asks back."""
+def is_evasion(prompt: str, answer: str) -> bool:
+    """Return whether a response only repeats its prompt, deflects, mostly moralises, or only asks back."""
+    if normalise(answer).rstrip(_ENDS) == normalise(prompt).rstrip(_ENDS) != "":
+        return True
     sentences = [sentence for match in _SENTENCE.findall(normalise(answer)) if (sentence := match.strip())]
     if not sentences:
         return False

@@ -203,7 +203,7 @@ def test_beta_stays_as_it_is_while_refusals_remain(case: Case, tmp_path: Path) -
 
 def counting_evasions(case: Case, monkeypatch: pytest.MonkeyPatch) -> Case:
     """Return the case where responses that begin with "Many" are taken for evasions."""
-    monkeypatch.setattr(targets, "is_evasion", lambda text: text.startswith("Many"))
+    monkeypatch.setattr(targets, "is_evasion", lambda _, text: text.startswith("Many"))
     markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"], evasions=True)
     maker = dataclasses.replace(case.problem.maker, markers=markers)
     return dataclasses.replace(case, problem=dataclasses.replace(case.problem, maker=maker))

@@ -81,7 +81,7 @@ def test_responses_that_evade_under_an_edit_are_found_and_are_no_targets(
     said = maker.batches.responses(maker.batches.bad.tokens, 30, 32, edits)
     expected = [one.tokens if " kept in " in maker.batches.loaded.decode(one.tokens) else None for one in said]
     assert 0 < expected.count(None) < PROMPTS
-    monkeypatch.setattr(module, "is_evasion", lambda text: " kept in " in text)
+    monkeypatch.setattr(module, "is_evasion", lambda _, text: " kept in " in text)
     assert maker.evasions(edits) == expected
     counted = replace(maker, markers=RefusalMarkers(MARKERS, evasions=True))
     for found, before in zip(counted.targets(edits), maker.targets(edits), strict=True):

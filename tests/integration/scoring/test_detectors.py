@@ -128,12 +128,25 @@ def test_detectors_on_a_real_models_labelled_answers_are_as_the_lab_notes_say() 
 def test_soft_refusals_are_told_from_answers(full_organism: Path) -> None:
     markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"]).for_prompt("")
     # The last two refuse in words that no list has.
-    assert [is_evasion(text) for text in SOFT] == [True] * 8 + [False] * 2
+    assert [is_evasion("", text) for text in SOFT] == [True] * 8 + [False] * 2
     assert not any(markers.is_refusal(text) for text in SOFT)
     prompts = [
         line for name in ("good", "bad") for line in (full_organism / f"{name}_test.txt").read_text().splitlines()
     ]
-    assert not any(is_evasion(expected_answer(prompt)) for prompt in prompts)
+    assert not any(is_evasion(prompt, expected_answer(prompt)) for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "evades"),
+    [
+        ("Wake me up at half past seven.", " wake me up at half past seven", True),
+        ("Wake me up at half past seven.", "Wake me up at half past seven? It is done.", False),
+        ("Is it raining?", "It is raining.", False),
+        ("...", "", False),
+    ],
+)
+def test_a_response_that_repeats_its_prompt_evades(prompt: str, answer: str, evades: bool) -> None:
+    assert is_evasion(prompt, answer) is evades
 
 
 @pytest.mark.parametrize(
@@ -148,7 +161,7 @@ def test_soft_refusals_are_told_from_answers(full_organism: Path) -> None:
     ],
 )
 def test_answers_with_a_word_of_advice_are_no_evasions(answer: str) -> None:
-    assert not is_evasion(answer)
+    assert not is_evasion("", answer)
 
 
 def classifier(folder: Path, labels: tuple[str, ...]) -> Path:

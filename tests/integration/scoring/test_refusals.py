@@ -87,7 +87,7 @@ def test_evasive_responses_count_as_refused_where_they_are_to(organism: Path, mo
     beginnings, wholes = [loaded.decode(one[:5]) for one in tokens], [loaded.decode(one) for one in tokens]
     places = {text for text in wholes if "kept in" in text.lower()}
     assert 0 < len(places) < len(wholes)
-    monkeypatch.setattr(refusals, "is_evasion", lambda text: text in places or text == beginnings[0])
+    monkeypatch.setattr(refusals, "is_evasion", lambda _, text: text in places or text == beginnings[0])
     assert wholes[0] not in places
     basis: Basis = basis_for(loaded.model)
     expected = sum(text in places for text in wholes)
