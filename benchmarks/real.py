@@ -67,6 +67,7 @@ BEGIN, END = "<!-- benchmarks.real: begin -->", "<!-- benchmarks.real: end -->"
 UNEQUAL = f"""\
 this tool's trials judge responses up to scoring.search_tokens tokens, heretic's up to the full length; both stop the
   clock for an edit with few refusals at the trial that found it.
+this tool's refusals include evasive responses, as its search counts them; heretic's have a marker.
 this tool's job also scores finalists in full, measures held-out prompts, loads its export again to prove it, and
   writes report and card; heretic saves its trial of fewest refusals.
 heretic gets its batch size ({PEER_ROWS}) and float32, so that it need not look for them; it keeps no norms of rows,

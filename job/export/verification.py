@@ -81,7 +81,8 @@ class MeasuredEdit:
     @classmethod
     def by_scores(cls, base: TrialScorer, intervention: Intervention, edit: EditParameters) -> Self:
         """Measure the scores that an export with rounded weights must match; hooks must be in place."""
-        scores = base.batches.row_limit.fit(lambda rows: base.scores(intervention, [edit], rows)[0])
+        markers = base.by_markers  # rounding may make more responses evasive, or fewer, than it may refuse
+        scores = base.batches.row_limit.fit(lambda rows: markers.scores(intervention, [edit], rows)[0])
         hooked = base.reference.under(base.batches, intervention.activate([edit]))
         return cls(MeasuredScores(scores, base.reference, hooked))
 

@@ -29,6 +29,8 @@ from job.records import TrialScores
 _KEPT_EVERY = 4
 # Share of held-out prompts that may stay unanswered before β grows, and that a later stage may lose.
 _TOLERANCE = 1 / 50
+# Where no more than this share is left, a stage that lowers neither it nor, by the least gain, the KL is the last.
+_FEW, _LEAST_GAIN = 1 / 10, 1 / 5
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,15 @@ class Descent:
         kls = [end.scores.kl for end in ends if _is_complete(end, self._held_out)]
         falls = len(kls) < 2 or kls[-1] < min(kls[:-1])
         over = len(ends) >= self._recipe.stages or len(worth_keeping(ends, self._held_out)) < len(ends)
-        return over or (not falls and ends[-1].beta > self._recipe.first_beta)
+        return over or (not falls and ends[-1].beta > self._recipe.first_beta) or self._has_stalled(ends)
+
+    def _has_stalled(self, ends: Sequence[StageEnd]) -> bool:
+        """Return whether the last stage gained next to nothing, where few prompts are left that β waits for."""
+        if len(ends) <= self._recipe.first_stages:
+            return False
+        before, last = ends[-2].scores, ends[-1].scores
+        few = max(before.unanswered, last.unanswered) <= _FEW * self._held_out
+        return few and last.unanswered >= before.unanswered and last.kl > (1 - _LEAST_GAIN) * before.kl
 
     def _write_state(self, state: DescentState) -> None:
         write_tensors(self._file, self._key, state.tensors())

@@ -62,6 +62,11 @@ class RefusalCounter:
         openings = batches.row_limit.fit(lambda rows: _openings(batches, rows))
         return cls(batches, MarkerWatch(batches.loaded.tokenizer, markers), response_tokens, tuple(openings))
 
+    @property
+    def by_markers(self) -> Self:
+        """The same counter, to which evasive responses without a marker are no refusals."""
+        return replace(self, watch=MarkerWatch(self.batches.loaded.tokenizer, self.watch.markers.alone))
+
     def count(
         self,
         trial_rows: TrialRows,

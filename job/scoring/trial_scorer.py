@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from job.edits.hooks import Intervention
@@ -49,6 +49,11 @@ class TrialScorer:
     def batches(self) -> PromptBatches:
         """The base model's prompts."""
         return self.counter.batches
+
+    @property
+    def by_markers(self) -> Self:
+        """The same scorer, to which evasive responses without a marker are no refusals."""
+        return replace(self, counter=self.counter.by_markers)
 
     def scores(
         self,

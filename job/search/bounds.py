@@ -89,8 +89,11 @@ class Finalist:
 
 
 def _shares(tallies: Sequence[tuple[float, int]], deviations: float) -> tuple[float, float]:
-    """Return bounds of the share of faults, summed over the objectives that count."""
-    bounds = [wilson_interval(int(cost), of, deviations) for cost, of in tallies]
+    """Return bounds of the share of faults, summed over the objectives that count.
+
+    Files of others may hold counts that are no part of their prompts: these count as none or all.
+    """
+    bounds = [wilson_interval(min(max(int(cost), 0), of), of, deviations) for cost, of in tallies]
     return sum(low for low, _ in bounds), sum(high for _, high in bounds)
 
 

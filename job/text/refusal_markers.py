@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from copy import copy
+from typing import Self
 
 _MatchState = tuple[int, bool, bool]
 _MOST_MOVES = 1 << 17
@@ -45,6 +47,13 @@ class RefusalMarkers:
         topics = [] if not topic_words else [one for one in self._every.phrases if not _FIRST_PERSON & _words(one)]
         self._topics = frozenset(topics)
         self._matchers = {frozenset[str](): self._every}
+
+    @property
+    def alone(self) -> Self:
+        """The same phrases, without evasions."""
+        alone = copy(self)
+        alone.evasions = False
+        return alone
 
     def for_prompt(self, prompt: str) -> PhraseMatcher:
         """Return what detects a refusal in a response to a prompt."""

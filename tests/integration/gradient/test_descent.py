@@ -267,6 +267,29 @@ def test_beta_grows_after_two_stages_until_kl_no_longer_falls(
     assert [end.beta for end in ends] == pytest.approx(betas)
 
 
+def left(refusals: int, kl: float) -> TrialScores:
+    return TrialScores(refusals=refusals, kl=kl)
+
+
+@pytest.mark.parametrize(
+    ("scores", "stages"),
+    [
+        # One of ten prompts stays refused, so β stays; the KL divergence falls by 20 % and more, or by less.
+        ([left(1, 0.5), left(1, 0.2), left(1, 0.16), left(1, 0.12), left(1, 0.12)], 5),
+        ([left(1, 0.5), left(1, 0.2), left(1, 0.17), left(1, 0.1)], 3),
+        ([left(1, 0.5), left(1, 0.49), left(1, 0.1), left(1, 0.05), left(1, 0.04)], 5),
+        # Refusals fall, or many are left.
+        ([left(1, 0.5), left(1, 0.2), left(0, 0.3), left(0, 0.1), left(0, 0.05)], 5),
+        ([left(5, 0.5), left(5, 0.5), left(5, 0.6), left(5, 0.6), left(1, 0.6)], 5),
+    ],
+)
+def test_a_descent_ends_where_a_stage_gains_next_to_nothing(
+    case: Case, tmp_path: Path, scores: list[TrialScores], stages: int
+) -> None:
+    recipe = dataclasses.replace(SHORT, first_stages=2, steps=1, stages=5)
+    assert len(descended(case, tmp_path / "state.safetensors", scores=scores, recipe=recipe)) == stages
+
+
 def end(refusals: int, broken: int = 0) -> StageEnd:
     nothing = EditVariables(torch.zeros(1), torch.zeros(1))
     return StageEnd(nothing, 1.0, 1, TrialScores(refusals=refusals, broken=broken, kl=0.1))

@@ -99,3 +99,6 @@ def test_evasive_responses_count_as_refused_where_they_are_to(organism: Path, mo
             scorer = TrialScorer.measured(batches, markers, TOKENS)
             (found,) = scorer.outcomes(hooks, [unedited(loaded)], 16, search_tokens=searched)
             assert (found.scores.refusals, found.scores.broken) == (count, 0)
+            # The export's proof counts without them.
+            (found,) = scorer.by_markers.outcomes(hooks, [unedited(loaded)], 16, search_tokens=searched)
+            assert (found.scores.refusals, markers.evasions) == (0, evasions)

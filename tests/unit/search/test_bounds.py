@@ -102,6 +102,12 @@ def test_only_counts_that_chance_may_have_made_worse_come_into_question() -> Non
     assert not may_win([(94, 100)], [(0, 100)], 0.02)
 
 
+def test_counts_beyond_the_prompts_are_all_or_none() -> None:
+    assert may_win([(-5, 100)], [(0, 100)], 0.0)
+    assert not may_win([(10**9, 100)], [(0, 100)], 0.5)
+    assert choose_finalist([one(0, 10**6, 0.1), one(1, 3, 0.1)], 0.02).number == 1
+
+
 @given(st.integers(1, 200), st.data(), st.floats(0, 0.2))
 def test_whoever_may_win_does_so_with_fewer_and_against_more(prompts: int, data: st.DataObject, tol: float) -> None:
     fewest, count, more = sorted(data.draw(st.lists(st.integers(0, prompts), min_size=3, max_size=3)))
