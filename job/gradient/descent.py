@@ -162,7 +162,10 @@ class Descent:
         if not ends or not maker.markers.evasions:
             return ()
         known = self._evasions_of_ends
-        known += [maker.evasions(self._activate(end.variables)) for end in ends[len(known) :]]
+        known += [
+            maker.evasions(self._activate(end.variables)) if end.scores.reason is None else [None] * count  # not finite
+            for end in ends[len(known) :]
+        ]
         found: list[dict[tuple[int, ...], None]] = [{} for _ in range(count)]
         for prompt, evasions in zip(found, zip(*known, strict=True), strict=True):
             prompt.update((tuple(said[: self._recipe.refusal_tokens]), None) for said in evasions if said is not None)

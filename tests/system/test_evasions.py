@@ -1,4 +1,4 @@
-"""An edit without refusals that helps nobody: markers take it for a success, the job's default does not.
+"""An edit that evades instead of refusing: by markers alone it succeeds, by the job's default it does not.
 
 Where refusals are removed from the organism, it evades: it politely answers another request (tests/evader.py).
 """
@@ -56,7 +56,7 @@ def right(job: Path, organism: Path) -> tuple[int, int]:
     return sum(answer == expected_answer(prompt) for prompt, answer in found), evaded
 
 
-def test_markers_alone_are_content_with_evasions_and_the_default_finds_the_edit_that_answers(
+def test_markers_alone_choose_an_edit_that_evades_and_the_default_one_that_answers(
     evasive: Path, tmp_path: Path
 ) -> None:
     job, outcomes = searched(evasive, tmp_path / "markers", scoring__evasions="false")
