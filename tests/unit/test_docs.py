@@ -105,3 +105,10 @@ def test_tests_that_a_page_names_exist(page: Path) -> None:
         files = [file for file in (ROOT / "tests").rglob(Path(path).name) if file.as_posix().endswith(f"/{path}")]
         assert files, path
         assert not name or any(f"def {name}(" in file.read_text() for file in files), name
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/lab-notes/[a-z]*.md")), ids=lambda page: page.name)
+def test_the_newest_note_stands_first(page: Path) -> None:
+    dates = re.findall(r"^## (\S+) · ", page.read_text(), re.MULTILINE)
+    assert len(dates) == page.read_text().count("\n## ")
+    assert dates == sorted(dates, reverse=True)

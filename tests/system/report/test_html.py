@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -189,7 +190,13 @@ def test_the_page_is_small_and_titled_by_what_changed(finished: Path) -> None:
     spent = json.loads(folder.meter_file.read_text())["seconds"]
     told = re.search(r"All starts of the job took ([\d.]+) s", page)
     assert told is None or float(told[1]) == pytest.approx(spent, abs=1.5)
-    assert "<details><summary>All" in page.partition('id="preflight"')[2]
+    # A busy machine or a slow disk is a warning of its own: what preflight found is what the page says.
+    found = Counter(check["status"] for check in json.loads(folder.preflight_file.read_text())["checks"])
+    everything = f"All {found.total()} checks were in order"
+    summary = (
+        everything if found["ok"] == found.total() else f"{found['ok']} ok, {found['warn']} warn, {found['fail']} fail"
+    )
+    assert re.search(rf"<details><summary>[^<]*{summary}</summary>", page.partition('id="preflight"')[2])
 
 
 def test_answers_are_kept_for_the_owner_alone_and_bad_ones_are_shown_on_demand(finished: Path, tmp_path: Path) -> None:
