@@ -1,8 +1,10 @@
 """The descent: stages with a growing KL weight, resumed exactly after any kill.
 
-A stage minimises R + β D + ρ mean(λ). While held-out refusals remain, and for two stages at least, β is constant; then
-it grows, so that edits become weaker from stage to stage. The stages before refusals return are the path. It ends
-earlier if the held-out KL no longer falls, as where the model's number type is too coarse for it.
+A stage minimises R + β D + ρ mean(λ). β shrinks after a stage that leaves all held-out refusals: where the model is
+sure of them, R has next to no gradient, and D keeps the edit at nothing. While some remain, and for at least two
+stages, β is constant; then it grows, so that edits become weaker from stage to stage. The stages before refusals
+return are the path. It ends earlier if the held-out KL no longer falls, as where the model's number type is too
+coarse for it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from job.records import TrialScores
 _KEPT_EVERY = 4
 # Share of held-out prompts that may stay unanswered before β grows, and that a later stage may lose.
 _TOLERANCE = 1 / 50
-# Where no more than this share is left, a stage that lowers neither it nor, by the least gain, the KL is the last.
+# Where prompts are left, but no more than this share, a stage that lowers neither it nor, by the least gain, the KL is
+# the last.
 _FEW, _LEAST_GAIN = 1 / 10, 1 / 5
 
 
@@ -193,7 +196,8 @@ class Descent:
 
     def _weights(self, ends: Sequence[StageEnd]) -> LossWeights:
         grown, recipe = self._beta_steps(ends), self._recipe
-        beta = recipe.first_beta * recipe.factor**grown
+        stuck = sum(end.scores.unanswered == self._held_out for end in ends)
+        beta = recipe.first_beta * recipe.factor ** (grown - stuck)
         return LossWeights(beta, recipe.sparsity_after if grown else recipe.sparsity)
 
     def _pace(self, ends: Sequence[StageEnd]) -> float:
@@ -203,11 +207,11 @@ class Descent:
         kls = [end.scores.kl for end in ends if _is_complete(end, self._held_out)]
         falls = len(kls) < 2 or kls[-1] < min(kls[:-1])
         over = len(ends) >= self._recipe.stages or len(worth_keeping(ends, self._held_out)) < len(ends)
-        return over or (not falls and ends[-1].beta > self._recipe.first_beta) or self._has_stalled(ends)
+        return over or (not falls and self._beta_steps(ends[:-1]) > 0) or self._has_stalled(ends)
 
     def _has_stalled(self, ends: Sequence[StageEnd]) -> bool:
         """Return whether the last stage gained next to nothing, where few prompts are left that β waits for."""
-        if len(ends) <= self._recipe.first_stages:
+        if len(ends) <= self._recipe.first_stages or _is_complete(ends[-1], self._held_out):
             return False
         before, last = ends[-2].scores, ends[-1].scores
         few = max(before.unanswered, last.unanswered) <= _FEW * self._held_out

@@ -245,6 +245,10 @@ def test_evasive_responses_become_unlikely_also_after_an_interruption(
     assert file.read_bytes() == (tmp_path / "found.safetensors").read_bytes()
 
 
+def left(refusals: int, kl: float) -> TrialScores:
+    return TrialScores(refusals=refusals, kl=kl)
+
+
 def gone(kl: float) -> TrialScores:
     return TrialScores(refusals=0, kl=kl)
 
@@ -256,19 +260,18 @@ def gone(kl: float) -> TrialScores:
         # Rounding hides further gains, but not before β has grown once.
         ([gone(0.5), gone(0.5), gone(0.5), gone(0.1)], [10.0, 10.0, 30.0]),
         ([gone(0.5), gone(0.4), gone(0.4), gone(0.1)], [10.0, 10.0, 30.0]),
-        ([TrialScores(refusals=5, kl=0.1), gone(0.4), gone(0.3), gone(0.3)], [10.0, 10.0, 30.0, 90.0]),
+        ([left(5, 0.1), gone(0.4), gone(0.3), gone(0.3)], [10.0, 10.0, 30.0, 90.0]),
+        # No edit gets off the ground while the KL divergence weighs too much.
+        ([left(10, 0.0), left(10, 0.0), left(9, 0.1), gone(0.1)], [10.0, 10 / 3, 10 / 9, 10 / 9]),
+        ([left(10, 0.0), gone(0.3), gone(0.2), gone(0.1)], [10.0, 10 / 3, 10.0, 30.0]),
     ],
 )
-def test_beta_grows_after_two_stages_until_kl_no_longer_falls(
+def test_beta_shrinks_while_all_is_refused_and_grows_after_two_stages_until_kl_no_longer_falls(
     case: Case, tmp_path: Path, scores: list[TrialScores], betas: list[float]
 ) -> None:
     recipe = dataclasses.replace(SHORT, first_stages=2, steps=1, stages=4)
     ends = descended(case, tmp_path / "state.safetensors", scores=scores, recipe=recipe)
     assert [end.beta for end in ends] == pytest.approx(betas)
-
-
-def left(refusals: int, kl: float) -> TrialScores:
-    return TrialScores(refusals=refusals, kl=kl)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +281,8 @@ def left(refusals: int, kl: float) -> TrialScores:
         ([left(1, 0.5), left(1, 0.2), left(1, 0.16), left(1, 0.12), left(1, 0.12)], 5),
         ([left(1, 0.5), left(1, 0.2), left(1, 0.17), left(1, 0.1)], 3),
         ([left(1, 0.5), left(1, 0.49), left(1, 0.1), left(1, 0.05), left(1, 0.04)], 5),
+        # None is left, so β grows and a small gain is one.
+        ([left(0, 0.5), left(0, 0.49), left(0, 0.48), left(0, 0.47), left(0, 0.46)], 5),
         # Refusals fall, or many are left.
         ([left(1, 0.5), left(1, 0.2), left(0, 0.3), left(0, 0.1), left(0, 0.05)], 5),
         ([left(5, 0.5), left(5, 0.5), left(5, 0.6), left(5, 0.6), left(1, 0.6)], 5),
