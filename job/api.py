@@ -1,9 +1,9 @@
 """The job from Python: `from job import api`.
 
 The functions are those of the command line, so that a job begun here continues there and the other way round. They
-raise `JobError` (`job.errors`), whose `line` says what is wrong and what to do. Settings come from the arguments, the
-environment and the defaults, as `abliterate config show` lists them. Keywords name settings, with two underscores for a
-dot: ``search__space="field"``.
+raise `JobError` (`job.errors`), whose `line` says what is wrong and what to do. Settings come from the arguments, then
+the environment, the `config` file, the `profile` and the defaults; `abliterate config show` lists them. Keywords name
+settings, with two underscores for a dot: ``search__space="field"``.
 
 The examples run on the built-in model organism: `organism` is a folder that `abliterate demo-model` has written, and
 `prompts` names its prompt files.
@@ -103,10 +103,11 @@ def run(
 ) -> Job:
     """Find directions, search edits, export, verify and deliver; the same call continues an interrupted job.
 
-    `new` allows a job beside one with other settings. A missed gate or a failed target raises nothing: see the job's
-    `outcome`. In a script, call it below `if __name__ == "__main__":`, since worker processes import the script. Stop
-    it with Ctrl-C, which raises `job.errors.Stopped`; in a thread other than the main one it cannot be stopped. Raises
-    AcceleratorFaultError if the device has failed: call it again in a new process.
+    `new` starts another job on the model although one with other settings exists. A missed gate or a failed target
+    raises nothing: see the job's `outcome`. In a script, call it below `if __name__ == "__main__":`, since worker
+    processes import the script. Stop it with Ctrl-C, which raises `job.errors.Stopped`; in a thread other than the
+    main one it cannot be stopped. Raises AcceleratorFaultError if the device has failed: call it again in a new
+    process.
 
     >>> job = api.run(organism / "model", workspace=workspace, trials=4, quiet=True, **prompts)
     >>> job

@@ -1,10 +1,11 @@
 """The descent: stages with a growing KL weight, resumed exactly after any kill.
 
-A stage minimises R + β D + ρ mean(λ). β shrinks after a stage that leaves all held-out refusals: where the model is
-sure of them, R has next to no gradient, and D keeps the edit at nothing. While some remain, and for at least two
-stages, β is constant; then it grows, so that edits become weaker from stage to stage. The stages before refusals
-return are the path. It ends earlier if the held-out KL no longer falls, as where the model's number type is too
-coarse for it.
+A stage minimises R + β D + ρ mean(λ): R is the refusal term, D the divergence from the base model
+(`job.gradient.problem`). If every held-out prompt stays unanswered, β shrinks: where the model is sure of its
+refusals, R has next to no gradient, and D would keep the edit at nothing. Otherwise β is constant for at least two
+stages, until hardly any prompt is unanswered. Then it grows, so that edits weaken from stage to stage. The stages
+before refusals return are the path. The descent also ends if the held-out KL no longer falls, as where the model's
+number type is too coarse.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class DescentState:
 
 
 class Descent:
-    """Descends from hardly any edit to the weakest one without refusals."""
+    """Strengthens an edit of next to nothing until refusals are gone, then weakens it until they return."""
 
     def __init__(
         self,

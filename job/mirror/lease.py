@@ -1,7 +1,8 @@
 """The lease: one runner at a time writes to a mirror, always by replacing the head.
 
-Taking the lease replaces the head, so the former runner's next compare-and-swap fails: it cannot write, whatever it
-believes. No wall clock is trusted.
+The head is the mirror's one mutable object: it names the lease and all files. Every write replaces it by
+compare-and-swap. Taking the lease replaces it, too, so the former runner's next write fails. Clocks of two machines are
+never compared: the server's clock gives the head's age, and a monotonic clock times the wait.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class PhaseWork(Record):
         compared_prompts: Prompts whose first response token a trial compares.
         gradient_stages: Stages of the descent before the search; 0 without one.
         gradient_rows: Prompts per forward of the descent; 0: the whole minibatch in one forward.
-        finalist_answers: Prompts that all finalists answer, by responses of `finalist_tokens` tokens.
+        finalist_answers: Responses of all finalists together, each of `finalist_tokens` tokens.
     """
 
     download_bytes: int = 0
@@ -96,7 +96,7 @@ class Hours(Record):
 
 
 def device_rates(reading: MachineReading) -> tuple[float, float] | None:
-    """Return practical operations and bytes per second of one card: several are not faster in sequence."""
+    """Return practical operations and bytes per second of one card; layers on several cards run in sequence."""
     card = card_of(reading.gpus[0]) if reading.gpus else None
     return None if card is None else (card.tflops * 1e12 * FLOPS_SHARE, card.bandwidth * 1e9 * BANDWIDTH_SHARE)
 

@@ -55,9 +55,10 @@ class Choice:
         ]
 
     def compared(self, trials: Sequence[Trial]) -> Sequence[Trial]:
-        """Return the trials without those that may look better only because the beginnings of responses were read.
+        """Return the trials that can be compared fairly: reading only the beginnings of responses flatters a trial.
 
-        They are left out once as many trials are scored at full length as there may be finalists.
+        Once `MOST_FINALISTS` trials are scored at full length, any other that is no better than one of them by the
+        beginnings of both is left out.
         """
         counted = self.counts.refusals.keys()
         if not self.by_bounds or len(counted) < MOST_FINALISTS:
