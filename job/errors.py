@@ -68,6 +68,18 @@ class UnsupportedArchitectureError(ImpossibleJobError):
         self.reason = reason
 
 
+class UnbuildableModelError(UnsupportedArchitectureError):
+    """transformers knows the model's family but cannot build the model from its configuration."""
+
+    def __init__(self, model_type: str, why: str) -> None:
+        ImpossibleJobError.__init__(
+            self,
+            f"transformers cannot build a model of type {model_type!r} from its configuration ({why})",
+            remedy="correct the model's config.json, or obtain an undamaged copy",
+        )
+        self.reason = f"transformers cannot build it from its configuration ({why})"
+
+
 class QuantisedSourceError(UnsupportedArchitectureError):
     """The model's files are quantised irreversibly, so their weights cannot be edited."""
 

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from job.errors import UnsupportedArchitectureError, refusing
+from job.errors import UnbuildableModelError, UnsupportedArchitectureError, explaining, in_one_line, refusing
 
 _WIDTH, _HEADS, _HEAD = 64, 4, 16
 # Names of sizes in configurations, and their values in a twin. Heads times head width equals the stream's width, for
@@ -160,7 +160,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     if auto is None or config.is_encoder_decoder:
         raise UnsupportedArchitectureError(model_type, "it is not a decoder-only language model")
     # A family may raise anything for numbers that do not go together.
-    with refusing(model_type, "transformers cannot build it from its configuration"), torch.device("meta"):
+    with explaining(lambda error: UnbuildableModelError(model_type, in_one_line(error))), torch.device("meta"):
         # A configuration of the model's own code exists only if that may run.
         model: PreTrainedModel = auto.from_config(config, trust_remote_code=_is_own(type(config)))
     return model

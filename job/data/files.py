@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,10 @@ class readable:  # noqa: N801 - reads as the statement it is: with readable(path
         self._name = name
 
     def __enter__(self) -> None:
-        pass
+        path = Path(self._name)
+        # A pipe is empty when it is read again, and prompts are read at every start.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ImpossibleJobError(f"{path} is a pipe or a device, not a file", remedy="save the prompts to a file")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, FileNotFoundError):
@@ -125,11 +129,22 @@ def _object(value: Any, path: Path, number: int) -> str | dict[str, Any]:
 
 
 def _parsed(text: str, where: str) -> Any:
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _require_distinct([name for name, _ in pairs], where)
+        return dict(pairs)
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         why = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
         raise ImpossibleJobError(f"{where}: {why}", remedy="correct it, or obtain an undamaged copy") from None
+
+
+def _require_distinct(names: Iterable[str], where: str) -> None:
+    """Raise ImpossibleJobError for a column that is named twice: which one holds the prompts cannot be known."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ImpossibleJobError(f"{where} names {repeated[0]!r} more than once", remedy="rename or remove one of them")
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -192,6 +207,7 @@ def _separated_rows(path: Path, delimiter: str | None) -> Iterator[Row]:
         lines = csv.reader(stream, delimiter=delimiter or _delimiter(first), strict=True)
         try:
             names = next(lines, [])
+            _require_distinct(filter(None, names), f"{path}, line 1")
             end = lines.line_num
             for cells in lines:
                 line, end = end + 1, lines.line_num
@@ -225,6 +241,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _require_distinct(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(batch_size=1000):
                 for cells in batch.to_pylist():
                     yield Row(f"row {number}", cells, path.name)

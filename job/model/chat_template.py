@@ -32,6 +32,7 @@ _CHILD = Path(__file__).with_name("template_child.py")
 _PASSED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ", "SYSTEMROOT")
 _START = "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], None, '__main__')"
 _KEPT = 100_000
+_ANOTHER = "use the original template of the model, or put another into chat_template.jinja"
 
 _texts: dict[str, str] = {}
 # Templates that have exceeded a limit are not tried again.
@@ -93,10 +94,10 @@ def _render_missing(asked: Mapping[str, Any], missing: Mapping[str, Messages], n
     if "refused" not in answer:
         return list(map(str, answer["texts"]))
     if answer["refused"] == "error":
-        raise ImpossibleJobError(
-            f"the chat template of {name} refuses a conversation: {answer['why']}",
-            remedy="leave out the system prompt if the template does not support one",
-        )
+        refused = f"the chat template of {name} refuses a conversation: {answer['why']}"
+        if any(message["role"] == "system" for messages in conversations for message in messages):
+            raise ImpossibleJobError(refused, remedy="leave out the system prompt if the template does not support one")
+        raise ImpossibleJobError(refused, remedy=_ANOTHER)
     limits = {
         "memory": f"takes more than {task['memory'] >> 20} MiB of memory",
         "recursion": "recurses without end",
@@ -146,5 +147,5 @@ def _answer(task: Mapping[str, Any]) -> dict[str, Any]:
 def _exceeded(name: str, what: str) -> ImpossibleJobError:
     return ImpossibleJobError(
         f"the chat template of {name} {what}",
-        remedy="use the original template of the model, or put another into chat_template.jinja",
+        remedy=_ANOTHER,
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -185,10 +186,10 @@ def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
     `trusted` allows the model's own code. Raises ImpossibleJobError if the folder is no model, or transformers does not
     know its family or refuses a value.
     """
-    model_config(folder)
-    with reading(
-        folder, (CONFIG,), "cannot be used", "use a model of a family that the installed transformers supports"
-    ):
+    quieten_transformers()
+    known = str(model_config(folder).get("model_type")) in CONFIG_MAPPING
+    remedy = f"correct {CONFIG}" if known else "use a model of a family that the installed transformers supports"
+    with reading(folder, (CONFIG,), "cannot be used", f"{remedy}, or obtain an undamaged copy"):
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
         except Exception as error:
@@ -223,6 +224,11 @@ def load_tokenizer(folder: Path, trusted: bool = False) -> PreTrainedTokenizerBa
     with reading_tokenizer(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
         _try(tokenizer)
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise ImpossibleJobError(
+            f"{folder} has several chat templates ({', '.join(tokenizer.chat_template)}), and none is named default",
+            remedy="copy the one for conversations into chat_template.jinja",
+        )
     if not tokenizer.chat_template:
         tokenizer.chat_template = _template_beside(folder)
     if not tokenizer.chat_template:

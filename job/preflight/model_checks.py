@@ -204,14 +204,13 @@ def _require_fitting(model: ModelFiles, headers: ModelHeaders, found: Architectu
     from job.architectures.tiny_model import empty_model
     from job.model.dequantization import forget_quantisation
     from job.model.fit import require_fitting_headers
-    from job.model.loading import quieten_transformers, read_config
+    from job.model.loading import read_config
     from job.model.safetensors_files import require_declared_layers, require_sizes
 
     tensors = undone(headers.config, headers.stored)
     shapes, config = {name: shape for name, (_, shape) in tensors.items()}, read_config(model.folder, trusted)
     if headers.facts.quantisation is None:
         forget_quantisation(config)  # a stale key
-        quieten_transformers()
         require_fitting_headers(model.folder, [file.name for file in model.listing.weights], config, shapes)
     require_sizes(shapes, found, empty_model(config))
     require_declared_layers(shapes, found, headers.config)

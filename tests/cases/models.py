@@ -335,6 +335,8 @@ REFUSED: dict[str, dict[str, Change]] = {
         "with a huge number": replaced(b'"num_hidden_layers": 2', b'"num_hidden_layers": 99999999999'),
         "with a negative number": replaced(b'"num_hidden_layers": 2', b'"num_hidden_layers": -1'),
         "nested without end": lambda _: b"[" * 100_000,
+        "with a dtype that no model has": replaced(b'"dtype": "float32"', b'"dtype": "float8_e4m3fn"'),
+        "with an unknown activation": replaced(b'"hidden_act": "silu"', b'"hidden_act": "swigloo"'),
     },
     "generation_config.json": {"empty": empty, "a list": a_list, "cut off": cut_to(9)},
     "tokenizer_config.json": {"empty": empty, "a list": a_list, "cut off": cut_to(9)},
@@ -406,6 +408,13 @@ def template(text: str) -> Spoil:
         (model / "chat_template.jinja").write_text(text + OPENS)
 
     return spoil
+
+
+def of_named_templates(model: Path) -> None:
+    text = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").unlink()
+    named = [{"name": name, "template": text} for name in ("rag", "tool_use")]
+    changed(model, "tokenizer_config.json", chat_template=named)
 
 
 def template_of_a_processor(text: str) -> Spoil:
@@ -498,6 +507,18 @@ TEMPLATES = {
     "bos twice": Case(["texts begin with '<|system|>' twice"], check="model.template", model=bos_twice, proof=as_usual),
     "no template": Case(
         ["no chat template"], 3, "model.tokenizer", lambda model: (model / "chat_template.jinja").unlink()
+    ),
+    "several templates without a default": Case(
+        ["several chat templates (rag, tool_use), and none is named default", "into chat_template.jinja"],
+        3,
+        "model.tokenizer",
+        of_named_templates,
+    ),
+    "a template with a mistake": Case(
+        ["refuses a conversation: Unexpected end of template", "put another into chat_template.jinja"],
+        3,
+        "model.template",
+        lambda model: (model / "chat_template.jinja").write_text("{% for m in messages %}"),
     ),
     "a template that leaves prompts out": Case(
         ["leaves the prompt out"],

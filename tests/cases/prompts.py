@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,17 @@ def clone(card: str = "", at: str = "data/train-00000-of-00001.parquet") -> Buil
         return str(folder / "set")
 
     return build
+
+
+def parquet_of_twins(folder: Path, lines: list[str]) -> str:
+    twins = pyarrow.table([lines, ["b"] * len(lines)], names=["text", "text"])
+    pyarrow.parquet.write_table(twins, folder / "p.parquet")
+    return str(folder / "p.parquet")
+
+
+def pipe(folder: Path, _: list[str]) -> str:
+    os.mkfifo(folder / "p.txt")
+    return str(folder / "p.txt")
 
 
 def unfetched_clone(folder: Path, lines: list[str]) -> str:
@@ -228,6 +240,15 @@ REFUSED = {
         ["column ask", "does not exist among the columns goal, target"],
     ),
     "csv without names": refused(text("p.csv", "\n".join), ["names no columns", "prompt"]),
+    "csv that names a column twice": refused(
+        text("p.csv", lambda lines: table(lines, "prompt", "prompt")), ["p.csv, line 1 names 'prompt' more than once"],
+    ),
+    "json lines that name a column twice": refused(
+        text("p.jsonl", lambda lines: "".join(f'{{"text": {json.dumps(line)}, "text": "b"}}\n' for line in lines)),
+        ["p.jsonl, line 1 names 'text' more than once"],
+    ),
+    "parquet that names a column twice": refused(parquet_of_twins, ["p.parquet names 'text' more than once"]),
+    "a pipe": refused(pipe, ["p.txt is a pipe or a device", "save the prompts to a file"]),
     "csv with commas that are not quoted": refused(
         text("p.csv", lambda lines: "goal\n" + "".join(f"{line}, please\n" for line in lines)),
         ["p.csv, line 2 has 2 fields", "quotes"],

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
 
+from job.architectures.tiny_model import empty_model
 from job.errors import ImpossibleJobError, MachineError
 from job.generation.forward import first_logits
 from job.model.config_file import model_config
@@ -106,6 +108,19 @@ def test_a_config_names_no_code_to_fetch_or_compile(model_in_one_file: Path, nam
     kept = read_config(model_in_one_file)
     assert "eager" in (kept._attn_implementation, kept._experts_implementation)
     assert load_model(model_in_one_file, loading("auto"), print).dtype == "float32"
+
+
+def test_transformers_says_nothing_while_a_config_is_read(
+    model_in_one_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: its warnings about unusual values reached the terminal between the lines of a preflight."""
+    for name in ("config.json", "generation_config.json"):
+        file = model_in_one_file / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": -1}))
+    transformers_logging.set_verbosity_warning()
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
+    empty_model(read_config(model_in_one_file))
+    assert not caplog.messages
 
 
 def test_of_a_generation_config_only_special_tokens_are_taken(model_in_one_file: Path) -> None:
