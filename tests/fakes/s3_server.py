@@ -27,7 +27,7 @@ from urllib.parse import parse_qs
 import boto3
 from botocore.config import Config
 from moto.core import DEFAULT_ACCOUNT_ID
-from moto.s3.models import s3_backends
+from moto.s3.models import FakeBucket, s3_backends
 from moto.server import ThreadedMotoServer
 
 from job.records import Manifest, ManifestEntry
@@ -198,7 +198,7 @@ class S3Server:
 
     def written_earlier(self, key: str, seconds: float) -> None:
         """Change when an object was written by the server's clock."""
-        found = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET].keys[key]
+        found = self._bucket.keys[key]
         found.last_modified -= timedelta(seconds=seconds)
 
     def require_permissions(self, after: float) -> None:
@@ -226,27 +226,18 @@ class S3Server:
         )
 
     def contents(self, prefix: str = "") -> dict[str, bytes]:
-        client = self.client()
-        try:
-            listed = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
-            found = {}
-            for item in listed:
-                try:
-                    with client.get_object(Bucket=BUCKET, Key=item["Key"])["Body"] as body:
-                        found[item["Key"]] = body.read()
-                except client.exceptions.NoSuchKey:
-                    continue  # deleted since it was listed
-            return found
-        finally:
-            client.close()
+        """Return objects by key, read from the server's memory: no request, which a test might count or forbid."""
+        keys = self._bucket.keys
+        found = {key: keys.get(key) for key in sorted(dict(keys)) if key.startswith(prefix)}
+        return {key: item.value for key, item in found.items() if item is not None}  # None: deleted meanwhile
 
     def uploads(self) -> list[tuple[str, str]]:
-        client = self.client()
-        try:
-            listed = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
-            return [(item["Key"], item["UploadId"]) for item in listed]
-        finally:
-            client.close()
+        """Return key and id of each multipart upload that is neither completed nor aborted."""
+        return [(upload.key_name, number) for number, upload in dict(self._bucket.multiparts).items()]
+
+    @property
+    def _bucket(self) -> FakeBucket:
+        return s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET]
 
     def operations(self) -> list[str]:
         """Return the operations so far, in order."""

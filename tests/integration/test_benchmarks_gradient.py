@@ -45,7 +45,7 @@ def test_the_table_has_medians_and_ranges_over_seeds() -> None:
     assert table([dataclasses.replace(CELL, right=None)])[2].count("| – ") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.full("real")
 def test_a_job_is_measured_once(
     organism: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

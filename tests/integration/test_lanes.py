@@ -21,7 +21,10 @@ from tests import lanes
 from tests.lanes import PARTS, ROOT, Outcome, Part, Placed, changed, chosen, digest, inputs, ordered, passed
 from tests.selection import Results
 
-COPIED = ("job", "tests", "infra", "Dockerfile", ".dockerignore", "entrypoint.sh", "constraints.txt", "pyproject.toml")
+COPIED = (
+    *("benchmarks", "job", "tests", "infra", "Dockerfile", ".dockerignore"),
+    *("entrypoint.sh", "constraints.txt", "pyproject.toml"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -239,6 +239,7 @@ for command in ("preflight", "run"):
 """
 
 
+@pytest.mark.full("kills")
 def test_a_job_runs_and_is_delivered_where_folders_cannot_be_synced(
     library: Path, organism: Path, tmp_path: Path
 ) -> None:

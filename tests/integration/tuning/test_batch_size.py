@@ -209,6 +209,7 @@ for room in range(20, 80, 3):
 """
 
 
+@pytest.mark.full("checkpoints")
 def test_under_a_real_limit_a_layout_is_found_that_fits(full_organism: Path, tmp_path: Path) -> None:
     done = run_script(SHORT, full_organism, tmp_path).check()
     layouts = read_layouts(tmp_path)

@@ -150,10 +150,10 @@ def test_what_is_asked_ahead_is_the_same_with_workers_and_after_a_kill(organism:
     assert is_like(tmp_path / "runs", tmp_path / "alone")
 
 
-@pytest.mark.slow
+@pytest.mark.full("workers")
 @pytest.mark.xdist_group("workers")
-# The other way round is the same for a job: stages/test_objectives.py continues one with workers.
-@pytest.mark.parametrize(("before", "after"), [pytest.param(1, 2, marks=pytest.mark.full("workers")), (2, 1)])
+# In both lanes stages/test_objectives.py continues a job with workers.
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_job_continues_with_another_number_of_workers_as_it_began(
     organism: Path, tmp_path: Path, before: int, after: int
 ) -> None:
