@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from tests.helpers import STARTED, abliterate, job_arguments
 
 pytest_plugins = ["tests.selection"]
 
+# Ctrl-C is ignored by what a shell starts in the background, and by all that this starts; tests interrupt processes.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # On a busy machine an example may take any time.
 hypothesis.settings.register_profile("default without deadline", deadline=None)
 hypothesis.settings.load_profile("default without deadline")

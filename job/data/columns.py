@@ -11,8 +11,12 @@ from job.data.files import Row
 from job.errors import ImpossibleJobError, one_line
 from job.records.scorecard import COLUMNS, LONGEST_GROUP
 
-# Names of prompt columns, by priority.
-PROMPT_COLUMNS = ("prompt", "text", "instruction", "question", "goal", "input", "query")
+# Names of prompt columns, by priority. Those of conversations come before "text", which often is one in a template.
+_OF_CONVERSATIONS = ("messages", "conversations", "conversation")
+_OF_TEXTS = ("text", "instruction", "question", "goal", "input", "query")
+PROMPT_COLUMNS = ("prompt", *_OF_CONVERSATIONS, *_OF_TEXTS)
+# Keys and names of who speaks, as OpenAI and ShareGPT have them.
+_USERS = ("user", "human")
 # Rows sampled to detect the column.
 _SAMPLE = 100
 # A name with this many words is a prompt: the file has no header.
@@ -35,12 +39,14 @@ class RowText:
 class ColumnTexts:
     """Reads the texts of a source from one column.
 
-    `column` is None before a row with columns has been read, and for plain text.
+    `column` is None before a row with columns has been read, and for plain text. `conversations` tells whether a row
+    read so far was one.
     """
 
     def __init__(self, source: str, split: str, column: str | None) -> None:
         """Take the source's name and split for messages, and the requested column; None detects it."""
         self.column: str | None = None
+        self.conversations = False
         self._source, self._split, self._given = source, split, column
 
     def texts(self, rows: Iterable[Row]) -> Iterator[RowText]:
@@ -77,7 +83,7 @@ class ColumnTexts:
                 raise self._absent(tables, tables[0].file)
             return self._given
         texts = _text_columns(tables)
-        plain = {name.strip().lower(): name for name in reversed(texts)}
+        plain = {name.strip().lower(): name for name in reversed([*texts, *_conversation_columns(tables)])}
         for name in PROMPT_COLUMNS:
             if name in plain:
                 return plain[name]
@@ -104,6 +110,14 @@ class ColumnTexts:
         place = f"{row.place} of {row.file}" if many and row.file else row.place
         if value is None or value != value:  # pandas writes missing values as NaN
             return RowText(place, None)
+        if _is_conversation(value):
+            self.conversations = True
+            value = _request(value)
+            if value is None:
+                raise ImpossibleJobError(
+                    f"column {self.column} of {self._source} holds a conversation without a user's text, in {place}",
+                    remedy='leave it out, or write e.g. [{"role": "user", "content": "..."}]',
+                )
         if not isinstance(value, str):
             raise ImpossibleJobError(
                 f"column {self.column} of {self._source} holds {type(value).__name__}, not text, in {place}, "
@@ -139,6 +153,37 @@ def _text_columns(rows: list[Row]) -> list[str]:
         if isinstance(cell, str) and cell.strip() and not _is_number(cell)
     )
     return list(found)
+
+
+def _conversation_columns(tables: list[Row]) -> list[str]:
+    """Return the columns in which a row holds a conversation with a user's text."""
+    return [
+        name
+        for name in _names(tables)
+        if any(isinstance(row.cells, dict) and _request(row.cells.get(name)) is not None for row in tables)
+    ]
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_speaker(turn) is not None for turn in value)
+
+
+def _speaker(turn: Any) -> str | None:
+    who = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+    return who if isinstance(who, str) else None
+
+
+def _request(value: Any) -> str | None:
+    """Return what the user says first in a conversation; None if it is no conversation or has no such text."""
+    if not _is_conversation(value):
+        return None
+    turn: dict[str, Any] = next((turn for turn in value if _speaker(turn) in _USERS), {})
+    said = turn["content"] if turn.get("content") is not None else turn.get("value")
+    if isinstance(said, list):  # parts; with an image among them the text is not the whole request
+        parts = [part.get("text") if isinstance(part, dict) else None for part in said]
+        texts = [part for part in parts if isinstance(part, str)]
+        return "".join(texts) if len(texts) == len(parts) > 0 else None
+    return said if isinstance(said, str) else None
 
 
 def _is_number(text: str) -> bool:

@@ -45,6 +45,7 @@ class Source:
         split: Split of a dataset, also of saved or cloned ones.
         stop: Row after the last; None for all.
         column: Column of the prompts; None to detect it (`job.data.columns`).
+        conversations: Whether that column holds conversations, of which the user's first text is read.
     """
 
     kind: Kind
@@ -55,6 +56,7 @@ class Source:
     start: int
     stop: int | None
     column: str | None
+    conversations: bool = False
 
     @property
     def path(self) -> Path:
@@ -65,6 +67,7 @@ class Source:
         """Describe the parsed SPEC in words."""
         rows = f"rows {self.start} to {self.stop - 1}" if self.stop is not None else f"all rows from {self.start}"
         column = f"column {self.column}" if self.column else "the column of prompts"
+        column += " (what users say first)" if self.conversations else ""
         if self.kind == "hub":
             at = f" at {self.revision}" if self.revision else ""
             config = f", configuration {self.config}" if self.config else ""
@@ -195,7 +198,8 @@ class TextReader:
     @property
     def described(self) -> Source:
         """The source, with its detected column once read."""
-        return replace(self._source, column=self._columns.column or self._source.column)
+        column = self._columns.column or self._source.column
+        return replace(self._source, column=column, conversations=self._columns.conversations)
 
     def __iter__(self) -> Iterator[RowText]:
         return self._columns.texts(self._rows())

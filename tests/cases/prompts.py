@@ -82,6 +82,12 @@ def parquet_of_twins(folder: Path, lines: list[str]) -> str:
     return str(folder / "p.parquet")
 
 
+def chat(said: Any) -> list[dict[str, Any]]:
+    """Return a conversation with a user's first words, in the form of OpenAI."""
+    turns = ("system", "Be brief."), ("user", said), ("assistant", "Yes."), ("user", "And then?")
+    return [{"role": who, "content": what} for who, what in turns]
+
+
 def pipe(folder: Path, _: list[str]) -> str:
     os.mkfifo(folder / "p.txt")
     return str(folder / "p.txt")
@@ -174,6 +180,31 @@ READ = {
         text("p.jsonl", lambda lines: json_lines([{"prompt": [{"role": "user"}], "text": line} for line in lines])),
         ["column text"],
     ),
+    "conversations": read(
+        text("p.jsonl", lambda lines: json_lines([{"id": "a", "messages": chat(line)} for line in lines])),
+        ["column messages (what users say first)"],
+    ),
+    "conversations of ShareGPT beside their text": read(
+        parquet(
+            "p.parquet",
+            lambda lines: {
+                "text": [f"<|user|>{line}" for line in lines],
+                "conversations": [
+                    [{"from": "system", "value": "Be brief."}, {"from": "human", "value": line}] for line in lines
+                ],
+            },
+        ),
+        ["column conversations"],
+    ),
+    "a prompt that is a conversation in parts": read(
+        text(
+            "p.json",
+            lambda lines: json.dumps(
+                [{"prompt": chat([{"type": "text", "text": line[:4]}, {"text": line[4:]}])} for line in lines]
+            ),
+        ),
+        ["column prompt (what users say first)"],
+    ),
     "UTF-16": read(text("p.txt", lambda lines: "\r\n".join(lines).encode("utf-16"))),
     "UTF-16 without a mark": read(text("p.txt", lambda lines: "\n".join(lines).encode("utf-16-le"))),
     "UTF-8 with a BOM": read(text("p.txt", lambda lines: codecs.BOM_UTF8 + "\n".join(lines).encode())),
@@ -248,6 +279,18 @@ REFUSED = {
         ["p.jsonl, line 1 names 'text' more than once"],
     ),
     "parquet that names a column twice": refused(parquet_of_twins, ["p.parquet names 'text' more than once"]),
+    "a conversation without a user's text": refused(
+        text(
+            "p.jsonl",
+            lambda lines: json_lines(
+                [
+                    *({"messages": chat(line)} for line in lines),
+                    {"messages": chat([{"type": "image"}, {"type": "text", "text": "What is it?"}])},
+                ]
+            ),
+        ),
+        [f"holds a conversation without a user's text, in line {LINES + 1}"],
+    ),
     "a pipe": refused(pipe, ["p.txt is a pipe or a device", "save the prompts to a file"]),
     "csv with commas that are not quoted": refused(
         text("p.csv", lambda lines: "goal\n" + "".join(f"{line}, please\n" for line in lines)),

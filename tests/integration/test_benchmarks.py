@@ -128,7 +128,7 @@ def benchmark(module: str, *arguments: Any) -> Result:
     return run_script(code, *arguments, cwd=ROOT)
 
 
-@pytest.mark.slow
+@pytest.mark.full("real")
 def test_the_figures_of_a_whole_run_are_consistent(tmp_path: Path) -> None:
     file = tmp_path / "figures" / "shapes.json"
     options = ["--trials", "3", "--prompts", "16", "--tokens", "4", "--rows", "6", "--device", "cpu", "--json", file]

@@ -44,6 +44,9 @@ LATER = {
     *("model-00002-of-00002.safetensors that git has not fetched", "an index that is a list"),
     *("model.safetensors with another type", "a weight that is infinite in one of two shards"),
     *("a stale key of FP8", "a secret that ends with a line break"),
+    *("config.json a list", "config.json with an unknown activation", "tokenizer.json a list", "tokenizer.json empty"),
+    *("tokenizer_config.json a list", "tokenizer_config.json empty", "generation_config.json a list"),
+    *("parquet that names a column twice", "json lines that name a column twice", "an unknown family"),
 }
 
 

@@ -15,7 +15,7 @@ from tests.system.faults.test_devices import TRIALS, when_searching
 JUMP, LONGEST = 7200, 600
 
 
-@pytest.mark.slow
+@pytest.mark.full("kills")
 def test_a_clock_that_jumps_ends_nothing_and_is_in_no_duration(organism: Path, whole: Path, tmp_path: Path) -> None:
     workspace, offset = tmp_path / "runs", tmp_path / "offset"
     offset.write_text("0")

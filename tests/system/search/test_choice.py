@@ -149,7 +149,7 @@ def test_a_job_killed_while_finalists_are_measured_comes_to_the_same(job: Job, t
     job.is_whole(workspace)
 
 
-@pytest.mark.parametrize("form", ["merged", "directions"])
+@pytest.mark.parametrize("form", ["merged", pytest.param("directions", marks=pytest.mark.full("kills"))])
 def test_an_edit_is_made_again_with_its_figures_for_the_choice(job: Job, tmp_path: Path, form: str) -> None:
     workspace = tmp_path / "runs"
     shutil.copytree(job.whole, workspace, symlinks=True)

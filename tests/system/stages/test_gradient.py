@@ -145,6 +145,7 @@ def test_a_job_that_was_killed_at_a_write_of_its_descent_comes_to_the_same_bytes
     is_found(workspace, found)
 
 
+@pytest.mark.full("kills")
 def test_little_memory_makes_smaller_steps_of_the_same_edit(
     organism: Path, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
