@@ -15,7 +15,7 @@ from job.records.scorecard import COLUMNS, LONGEST_GROUP
 _OF_CONVERSATIONS = ("messages", "conversations", "conversation")
 _OF_TEXTS = ("text", "instruction", "question", "goal", "input", "query")
 PROMPT_COLUMNS = ("prompt", *_OF_CONVERSATIONS, *_OF_TEXTS)
-# Keys and names of who speaks, as OpenAI and ShareGPT have them.
+# The roles of users, in the formats of OpenAI and ShareGPT.
 _USERS = ("user", "human")
 # Rows sampled to detect the column.
 _SAMPLE = 100

@@ -45,7 +45,7 @@ class Source:
         split: Split of a dataset, also of saved or cloned ones.
         stop: Row after the last; None for all.
         column: Column of the prompts; None to detect it (`job.data.columns`).
-        conversations: Whether that column holds conversations, of which the user's first text is read.
+        conversations: Whether the column holds conversations; their prompts are the users' first messages.
     """
 
     kind: Kind
