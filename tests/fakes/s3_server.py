@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -34,6 +36,8 @@ from job.records import Manifest, ManifestEntry
 from job.storage.atomic import write_record
 
 BUCKET = "results"
+# All objects stay in memory, for `S3Server.contents`: moto moves larger ones than this to files.
+os.environ["MOTO_S3_DEFAULT_KEY_BUFFER_SIZE"] = str(1 << 40)
 # Made once: a session reads large service descriptions.
 _SESSION = boto3.session.Session()
 KEY_ID, SECRET = "AKIAEXAMPLEEXAMPLE00", "averysecretsecretaccesskeyforthetests0000"
@@ -227,9 +231,18 @@ class S3Server:
 
     def contents(self, prefix: str = "") -> dict[str, bytes]:
         """Return objects by key, read from the server's memory: no request, which a test might count or forbid."""
-        keys = self._bucket.keys
-        found = {key: keys.get(key) for key in sorted(dict(keys)) if key.startswith(prefix)}
-        return {key: item.value for key, item in found.items() if item is not None}  # None: deleted meanwhile
+        found = {key: self._value(key) for key in sorted(dict(self._bucket.keys)) if key.startswith(prefix)}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def _value(self, key: str) -> bytes | None:
+        """Return an object's bytes, or None if it is deleted meanwhile: requests may be under way."""
+        while (item := self._bucket.keys.get(key)) is not None:
+            try:
+                # Moves no position in the buffer, unlike ``item.value``: moto reads there without a lock.
+                return bytes(item._value_buffer._file.getvalue())
+            except ValueError:
+                time.sleep(0.001)  # moto closes the buffer of an object before it replaces or removes that
+        return None
 
     def uploads(self) -> list[tuple[str, str]]:
         """Return key and id of each multipart upload that is neither completed nor aborted."""
