@@ -158,16 +158,19 @@ _COLUMNS = (
 _ABOUT = """# Hours and dollars by model and GPU
 
 How long does a job take, and what does it cost? `abliterate preflight MODEL --on 1xH200` answers for your job.
-This page has the same formulas, with the default settings and the line and prompts named below. It is written by
+This page has the same formulas, with the default settings and the network and prompts named below. It is written by
 `python -m tests.job_hours --write docs/hours-and-dollars.md`.
 
 - **Computed** is arithmetic. No whole job was timed for this table. Its inputs are below.
-- **Rates of the GPU**: "data sheet" takes 40 % of its arithmetic and 60 % of its bandwidth. "Measured" takes the rates
-  of `python -m benchmarks.gpu`, which `--add gpu.json --card H200` enters here. Measured so far: {known}.
-- **Job**: a search by gradient in {stages} stages, {trials} trials on 50 + 50 prompts of {tokens} tokens, 640 prompts
-  for the directions, up to 8 finalists, one delivery. The memory of the descent's steps is not in the plan.
-- **Line**: {line} Mb/s both ways, an assumption. A line twice as fast halves the transfers.
-- **Disk**: {disk} MB/s for reading and writing, an assumption. "Rest" is loading and export.
+- **Rates of the GPU**: "data sheet" assumes 40 % of its FLOP/s and 60 % of its bandwidth. "Measured" uses the rates of
+  `python -m benchmarks.gpu`, which `--add gpu.json --card H200` enters here. Measured so far: {known}.
+- **Columns**: "Rows" is the batch size. "Transfers" is download and upload. "Search" includes directions and the base
+  model's responses. "Rest" is loading and export.
+- **Job**: a search by gradient, {trials} trials on 50 + 50 prompts of {tokens} tokens, 640 prompts for the
+  directions, up to 8 finalists, one delivery. The descent is assumed to take {stages} of at most 6 stages. "Machine"
+  ignores its memory; `preflight` checks it.
+- **Network**: {line} Mb/s both ways, an assumption. Twice the rate halves the transfers.
+- **Disk**: {disk} MB/s for reading and writing, an assumption.
 - **Machine**: the fewest cards out of 1, 2, 4 and 8 that hold the model in bfloat16, by the memory plan.
 - **Dollars**: hours times the middle of the price range at the end of this page. These ranges are rough ones of rental
   markets in 2026, kept in `job/preflight/gpu_table.py`. `--price H200=2.50` computes the page with your own.

@@ -36,7 +36,10 @@ class Form:
 
 
 def stored_forms(twin: PreTrainedModel, names: Collection[str]) -> dict[str, Form]:
-    """Return stored forms by name, omitting unknown ones; all of the random twin's parameters must differ."""
+    """Return the form in which each parameter is stored, by name, omitting unknown ones.
+
+    Contents tell the parameters apart, so all of the twin's must differ.
+    """
     state = twin.state_dict()
     files = revert_weight_conversion(twin, dict(state))
     places = {_content(tensor): name for name, tensor in files.items() if isinstance(tensor, Tensor)}

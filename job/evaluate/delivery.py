@@ -117,7 +117,7 @@ def _fill(folder: Path, files: Sequence[Path]) -> None:
 
 
 def _described(measured: MeasuredPair, settings: Settings) -> Mapping[str, bytes]:
-    """Return the written files of a delivery by file name; they name nothing local or private."""
+    """Return figures and card by file name, without local paths or private names."""
     given, base = measured.comparison, measured.base
     is_local = parse_model(given.against).kind == "folder"
     named: dict[str, Any] = {

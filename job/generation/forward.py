@@ -64,8 +64,7 @@ class RowEdits(Protocol):
 class RowTrials:
     """The trial of each row of a forward, with its edit and prefix.
 
-    Rows carry it like their tokens and cache, and every forward applies it; selecting, joining and dropping rows goes
-    through it.
+    It travels with a batch, and every forward applies it. Select, join and drop rows by its methods.
 
     Attributes:
         trials: Trial of every row, [rows].

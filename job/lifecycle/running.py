@@ -36,7 +36,7 @@ class OpenJob:
 
     @property
     def resolution(self) -> Resolution:
-        """The first start's resolution; only after a model has been loaded."""
+        """What the first start resolved; set once a model has been loaded."""
         resolution = self.record.resolution
         assert resolution is not None
         return resolution

@@ -113,7 +113,7 @@ class Mirror:
         return head.lease.describe() if is_running(head, stored) else None
 
     def other_holder(self, job: str) -> tuple[str, bool] | None:
-        """Describe another runner of a job, and whether it is elsewhere. Raises MirrorError or DeliveryError."""
+        """Return another runner of a job, and whether it is on another machine. Raises MirrorError or DeliveryError."""
         return holder(self._store, job)
 
     def shortfall(self, folder: RunFolder) -> str:

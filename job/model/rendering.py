@@ -81,8 +81,8 @@ def rendered(
 ) -> list[str]:
     """Render conversations of messages with `role` and `content` text.
 
-    `answer` renders up to the next response, else to the end of the last message. Raises ImpossibleJobError if the
-    template rejects a conversation, omits the prompt, or exceeds its limits.
+    With `answer`, the text ends where the next response begins, else after the last message. Raises ImpossibleJobError
+    if the template rejects a conversation, omits the prompt, or exceeds its limits.
     """
     if not said:
         return []

@@ -166,7 +166,7 @@ class Checkpoint:
         return self.entries[self._file_of[name]][name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's floating-point type in the plain files."""
+        """Return a tensor's floating-point type after dequantisation."""
         return _FLOATS[self.entry(name).dtype]
 
     def stored_blocks(self, name: str) -> Iterator[memoryview]:

@@ -43,7 +43,7 @@ class Planning:
     folder: Path
 
     def needs(self) -> list[DiskNeed]:
-        """Return the planned writes."""
+        """Return the disk space that the job will need, by folder and purpose."""
         workspace, weights = Path(self.settings.workspace), self.facts.stored_bytes
         prompts = self.prompts
         sets = (prompts.good, prompts.bad, prompts.helpfulness, prompts.unhelpfulness, prompts.capability)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from job.data.prompts import PromptSets
+from job.errors import DamagedError
 from job.numerics.statistics import wilson_interval
 from job.records import FORMATS, ObjectiveScore, Trial
 from job.report.run_view import RunView
@@ -31,6 +32,12 @@ def job_front(folder: RunFolder) -> list[dict[str, Any]]:
 
 def _point(view: RunView, trial: Trial) -> dict[str, Any]:
     prompts = view.prompts or read_record(view.folder.prompts_file, PromptSets)  # an error that names the missing file
+    if trial.values.refusals > len(prompts.bad_search):  # a file of others may hold any number
+        raise DamagedError(
+            f"trial {trial.number} in {view.folder.study_file} counts {trial.values.refusals} refusals of "
+            f"{len(prompts.bad_search)} prompts",
+            remedy="the study is damaged or another job's: use an unchanged copy of the run folder",
+        )
     exports = {form: view.folder.export_folder(trial.number, form) for form in FORMATS}
     made = [form for form, export in exports.items() if is_sealed(export)]
     figures = next(filter(None, (view.figures(exports[form].name) for form in made)), None)

@@ -38,7 +38,7 @@ class Axis:
     zero: bool = False
 
     def share(self, value: float) -> float:
-        """Return a value's place: 0 at the low end, 1 at the high end."""
+        """Return a value's position: 0 at the low end, 1 at the high end."""
         if not self.log:
             return (value - self.low) / (self.high - self.low)
         start = _ZERO_SHARE if self.zero else 0.0
@@ -156,12 +156,12 @@ class Chart:
         return LEFT, TOP, WIDTH - RIGHT, self.height - BOTTOM
 
     def across(self, value: float) -> float:
-        """Return a value's horizontal place."""
+        """Return a value's horizontal position."""
         left, _, right, _ = self.box
         return left + (right - left) * self.x.share(value)
 
     def up(self, value: float) -> float:
-        """Return a value's vertical place."""
+        """Return a value's vertical position."""
         _, top, _, bottom = self.box
         return bottom - (bottom - top) * self.y.share(value)
 

@@ -55,13 +55,13 @@ class FinalistsTask:
 
 @dataclass(frozen=True)
 class JobEvaluation:
-    """All that a worker needs of a job; it goes to other machines, and holds no secret.
+    """What a worker needs of a job. It is sent to other machines, so it holds no secret.
 
     Attributes:
         record: job.json, with what the first start has resolved.
         settings: The settings of this start.
         prompts: All prompt sets.
-        threads: How many threads a worker computes with on a CPU.
+        threads: CPU threads per worker.
     """
 
     record: JobRecord

@@ -305,7 +305,7 @@ def _take(file: Path) -> Path:
 
 
 def _write(path: Path, owner: Owner, *, new: bool) -> None:
-    """Write an owner's record atomically. Raises FileExistsError for an existing `new` one."""
+    """Write an owner's record atomically. Raises FileExistsError if it is `new` and the path exists."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     data = owner.model_dump_json().encode()
     try:

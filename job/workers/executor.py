@@ -93,7 +93,7 @@ class Executor:
     def evaluate(self, tasks: Sequence[Any], here: Callable[[Any], Any], then: Sequence[Any] = ()) -> list[Any]:
         """Return the results of all tasks, in order. Raises WorkerOutOfMemory or MachineError.
 
-        `here` evaluates a task in this process. Idle workers may start tasks of `then`, whose results are kept.
+        `here` evaluates a task in this process. Idle workers may start tasks of `then`, for the next call.
         """
         self._grow()
         with self._state:

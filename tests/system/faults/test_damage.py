@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +113,19 @@ def test_every_command_says_what_is_damaged(name: str, damaged: Callable[[str, s
             continue  # then there is no job
         file = damaged(name, kind)
         assert_clear(abliterate(command, "--workspace", tmp_path / "runs"), file)
+
+
+def test_a_study_with_more_refusals_than_prompts_is_named(whole: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "runs"
+    shutil.copytree(whole, workspace, symlinks=True)
+    study = only_job(workspace) / "study.db"
+    with sqlite3.connect(study) as db:
+        db.execute("UPDATE trial_values SET value = 1000 WHERE objective = 0")
+    db.close()
+    (study.parent / "figures" / "rescored.json").unlink()  # it would replace the counts
+    for command in COMMANDS:
+        assert_clear(abliterate(command, "--workspace", workspace), study)
+    assert abliterate("front", "--workspace", workspace).code == 76
 
 
 # To a reader of JSON these are as one cut off; a database and a log are read in other ways.
