@@ -1,4 +1,4 @@
-"""Searches for linear edits on an organism, in one process: what `benchmarks.methods` compares."""
+"""Searches for linear edits on a small model, in one process: what `benchmarks.methods` compares."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from job.numerics.ablation import (
 )
 from job.numerics.basis import Basis, orthogonalize
 from job.numerics.directions import mean_difference
-from job.organism.world import PROMPTS_PER_FILE, TASKS
+from job.organism.world import TASKS
 from job.records import EditParameters, Plan, Trial, TrialScores
 from job.scoring.kl import KLReference
 from job.scoring.prompt_batches import PromptBatches
@@ -46,7 +46,7 @@ MOST_UNANSWERED, MOST_MEASURED = 0.02, 0.06
 
 @dataclass
 class Bench:
-    """A model with its directions, ready for cells; `sets` are an organism's prompt files."""
+    """A model with its directions, ready for cells; `sets` are its folder's prompt files."""
 
     loaded: LoadedModel
     sets: dict[str, list[Prompt]]
@@ -56,7 +56,7 @@ class Bench:
 
     @classmethod
     def of(cls, folder: Path) -> Bench:
-        """Load an organism and measure its stream and writers."""
+        """Load a folder's model and measure its stream and writers."""
         loaded = load_model(folder / "model", LoadingSettings.model_validate(default_values()["loading"]), print)
         loaded = replace(loaded, architecture=loaded.architecture.pulled_back("dual"))
         names = ("good_train", "good_test", "bad_train", "bad_test")
@@ -228,12 +228,13 @@ class MethodScorer:
 def measured(bench: Bench, choices: Choices, trials: int, seed: int) -> dict[str, float]:
     """Search with TPE on half of the test prompts; return the gentlest edit's figures on the other half."""
     space = MethodSpace(SearchSpace("wide", bench.loaded.architecture.layer_count), choices)
-    mixed = [random.Random(seed).sample(bench.sets[f"{kind}_test"], PROMPTS_PER_FILE) for kind in ("good", "bad")]
-    half = PROMPTS_PER_FILE // 2
+    tests = [bench.sets[f"{kind}_test"] for kind in ("good", "bad")]
+    mixed = [random.Random(seed).sample(prompts, len(prompts)) for prompts in tests]
+    half = len(mixed[1]) // 2
     markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
     scorer, held_out = (
         TrialScorer.measured(PromptBatches.of(bench.loaded, good, bad, ROWS), markers, RESPONSE_TOKENS)
-        for good, bad in ([one[:half] for one in mixed], [one[half:] for one in mixed])
+        for good, bad in ([one[: len(one) // 2] for one in mixed], [one[len(one) // 2 :] for one in mixed])
     )
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         method = MethodScorer(bench, choices, space, stack)

@@ -1,10 +1,11 @@
-"""Compare kinds of edits on model organisms, scored on held-out prompts.
+"""Compare kinds of edits on model organisms or the real model, scored on held-out prompts.
 
-python -m benchmarks.methods [ORGANISM ...] [--methods linear] [--only NAME] [--trials 40] [--seeds 0,1] [--arch llama]
+python -m benchmarks.methods [FOLDER ...] [--methods linear] [--only NAME] [--trials 40] [--seeds 0,1] [--arch llama]
                              [--gains 0] [--json runs/methods.json]
 python -m benchmarks.methods --moved       how far edits move the stream behind a norm with random gains
 
-ORGANISM as made by `abliterate demo-model`; one that is missing is made with --arch. The methods `linear` are those of
+FOLDER as made by `abliterate demo-model` or `abliterate real-model`; one that is missing is made as an organism with
+--arch. "cleaned of tasks" is for organisms only. The methods `linear` are those of
 `benchmarks.linear_edits`, searched in this process; all others are settings of whole jobs. A finished search is kept in
 the JSON file and not repeated. With --gains S an organism's norms between writers and the stream get gains times
 exp(S · normal), and its other weights are trained on until it refuses and answers as before; see `with_random_gains`.
@@ -211,7 +212,7 @@ def _ratio(both: Sequence[tuple[dict[str, float], dict[str, float]]], name: str)
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs/organism")], metavar="ORGANISM")
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs/organism")], metavar="FOLDER")
     parser.add_argument("--arch", default="llama")
     parser.add_argument("--methods", choices=("linear", *METHODS), default="linear")
     parser.add_argument("--only", action="append", metavar="NAME", help="of the methods")
@@ -227,7 +228,7 @@ def main() -> None:
         return
     folders = []
     for folder in given.folders:
-        if not (folder / "organism.json").exists():
+        if not (folder / "model").exists():
             write_organism(folder, arch=given.arch, size="tiny", seed=0, report=print)
         if given.gains:
             changed = folder.with_name(f"{folder.name}-gains-{given.gains:g}")
