@@ -1,14 +1,14 @@
 """Compare the search by gradient with the default search: whole jobs, and what their exports say to unseen prompts.
 
 python -m benchmarks.gradient FOLDER [FOLDER ...] [--methods tpe:60,gradient:24] [--seeds 0,1] [--threads 1,2]
-                              [--set KEY=VALUE] [--json runs/gradient.json]
+                              [--targets SOURCE,...] [--set KEY=VALUE] [--json runs/gradient.json]
 
 FOLDER is made by `abliterate demo-model` or `abliterate real-model`. A method is the search's name and its number of
 trials, by default the tool's. Refusals and KL are the report's, on prompts that the job has not used. Responses to the
 same prompts are the export's, by plain transformers: right to the word on an organism, whose world is known; word for
-word the base model's on any model; broken by the detector of the search. A finished job is kept in the JSON file and
-not repeated.
-A row of the table is over all seeds and numbers of threads.
+word the base model's on any model; broken by the detector of the search. SOURCE says where the descent's targets come
+from: `benchmarks.targets` lists them. A finished job is kept in the JSON file and not repeated. A row of the table is
+over all seeds and numbers of threads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -34,8 +35,9 @@ from job.config.load import default_values
 from job.organism.world import expected_answer
 from job.scoring.broken import is_broken
 from job.search.method import planned_trials
-from tests.helpers import only_job
+from tests.helpers import COMMAND, only_job
 
+SHIPPED = "shipped"
 _ROWS = 20
 _KINDS = ("good", "bad")
 
@@ -104,7 +106,9 @@ def responses(folder: Path, prompts: Sequence[str], tokens: int) -> list[str]:
     return found
 
 
-def measured(folder: Path, method: str, trials: int, seed: int, threads: int, given: argparse.Namespace) -> Cell:
+def measured(
+    folder: Path, method: str, trials: int, seed: int, threads: int, targets: str, given: argparse.Namespace
+) -> Cell:
     """Run a job and measure its export."""
     torch.set_num_threads(threads)
     sets = {kind: (folder / f"{kind}_train.txt").resolve() for kind in _KINDS}
@@ -116,7 +120,7 @@ def measured(folder: Path, method: str, trials: int, seed: int, threads: int, gi
     work = Path(tempfile.mkdtemp(prefix="abliterate-gradient-"))
     try:
         began = time.perf_counter()
-        search = run_this(task, conditions, seed, work / "run", show=False)
+        search = run_this(task, conditions, seed, work / "run", show=False, command=command_of(targets))
         took = time.perf_counter() - began
         job = only_job(work / "run" / "jobs")
         export = (job / "export").resolve()
@@ -133,7 +137,7 @@ def measured(folder: Path, method: str, trials: int, seed: int, threads: int, gi
         trials=trials,
         seed=seed,
         threads=threads,
-        settings=tuple(given.set),
+        settings=_named(targets, given.set),
         asked=(len(good), len(bad)),
         refusals=figures["refusals"],
         kl=figures["kl"],
@@ -144,6 +148,16 @@ def measured(folder: Path, method: str, trials: int, seed: int, threads: int, gi
         first_edit_s=min((one.seconds for one in search.points if one.refusals <= FEW_REFUSALS), default=None),
         job_s=took,
     )
+
+
+def command_of(targets: str) -> list[str]:
+    """Return the command of this tool with a source of targets."""
+    return COMMAND if targets == SHIPPED else [sys.executable, "-m", "benchmarks.targets", targets]
+
+
+def _named(targets: str, settings: Sequence[str]) -> tuple[str, ...]:
+    """Return what names a job's settings in the table and in the record."""
+    return (*settings, *([] if targets == SHIPPED else [f"targets: {targets}"]))
 
 
 def _right(good: Sequence[str], bad: Sequence[str], said: Sequence[str]) -> tuple[int, int]:
@@ -196,17 +210,19 @@ def main() -> None:
     parser.add_argument("--methods", default="tpe:60,gradient:24")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
     parser.add_argument("--threads", type=lambda text: [int(part) for part in text.split(",")], default=[1])
+    parser.add_argument("--targets", default=SHIPPED, metavar="SOURCE,...")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, default=Path("runs/gradient.json"))
     given = parser.parse_args()
     kept = [Cell.parsed(cell) for cell in json.loads(given.json.read_text())] if given.json.exists() else []
     known = {cell.conditions for cell in kept}
-    for seed, threads, folder, one in product(given.seeds, given.threads, given.folders, given.methods.split(",")):
+    asked = (given.seeds, given.threads, given.folders, given.methods.split(","), given.targets.split(","))
+    for seed, threads, folder, one, targets in product(*asked):
         method, _, number = one.partition(":")
         trials = int(number) if number else planned_trials(None, method)
-        if (folder.name, method, trials, seed, threads, tuple(given.set)) in known:
+        if (folder.name, method, trials, seed, threads, _named(targets, given.set)) in known:
             continue
-        kept.append(measured(folder, method, trials, seed, threads, given))
+        kept.append(measured(folder, method, trials, seed, threads, targets, given))
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps([asdict(cell) for cell in kept], indent=1) + "\n")
     print("\n".join(table(kept)))

@@ -187,7 +187,9 @@ class Search:
 # --- the runs -------------------------------------------------------------------------------------------
 
 
-def run_this(task: Task, conditions: Conditions, seed: int, folder: Path, *, show: bool) -> Search:
+def run_this(
+    task: Task, conditions: Conditions, seed: int, folder: Path, *, show: bool, command: Sequence[str] = COMMAND
+) -> Search:
     """Run this tool in a folder, from its command to its export, and return its search.
 
     Args:
@@ -196,6 +198,7 @@ def run_this(task: Task, conditions: Conditions, seed: int, folder: Path, *, sho
         seed: Of the search.
         folder: Folder of the job; created.
         show: Whether its output goes to the terminal.
+        command: The command without its arguments.
     """
     folder.mkdir(parents=True)
     words = [str(task.model), "--workspace", str(folder / "jobs"), "--trials", str(task.trials), "--seed", str(seed)]
@@ -210,7 +213,7 @@ def run_this(task: Task, conditions: Conditions, seed: int, folder: Path, *, sho
     with log.open("wb") as output:
         streams: dict[str, Any] = {} if show else {"stdout": output, "stderr": output}
         code = subprocess.run(
-            [*COMMAND, "run", *words], env=environment(**threads(task)), timeout=task.longest_s, **streams
+            [*command, "run", *words], env=environment(**threads(task)), timeout=task.longest_s, **streams
         ).returncode
     if code != 0:
         raise failed(THIS, f"exit code {code}", log)

@@ -89,14 +89,24 @@ def alone(test: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str], seconds: float = 180) -> None:
-    """Wait for a condition while processes are running."""
+def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str], seconds: float = 400) -> None:
+    """Wait for a condition while processes are running, for long enough where other tests take all cores."""
     deadline = time.monotonic() + seconds
     while not condition():
         for process in processes:
             assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def slowed_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
+    """Wait for a condition while a process gets a twentieth of its time, as on a slow machine."""
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.38)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.02)
 
 
 def worker_processes(run: int) -> list[psutil.Process]:

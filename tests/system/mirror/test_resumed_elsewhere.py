@@ -26,6 +26,7 @@ from tests.helpers import (
     events,
     job_arguments,
     only_job,
+    slowed_until,
     start,
     start_script,
     stored_trials,
@@ -92,7 +93,9 @@ class Moved:
         self.arguments = ["run", *job_arguments(organism), "--trials", "20", *self.mirror]
         self.arguments += ["--upload", self.delivered.as_uri(), "--workspace"]
         process = start(*self.arguments, self.killed, **ENV)
-        wait_until(lambda: count_events(self.killed) >= 4 and (head(server, "moved")["trials"] or 0) >= 4, process)
+        wait_until(lambda: count_events(self.killed, "search_started") == 1, process)
+        # The mirror may see the first trials when all are done.
+        slowed_until(lambda: count_events(self.killed) >= 4 and (head(server, "moved")["trials"] or 0) >= 4, process)
         self.said = [kill(process)]
         self.status = abliterate("status", *self.mirror, "--json", **ENV).check()
         # Only the URI and its endpoint.

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -22,6 +21,7 @@ from tests.helpers import (
     environment,
     job_arguments,
     manifest,
+    slowed_until,
     start,
     stored_trials,
     wait_until,
@@ -48,16 +48,6 @@ def cluster_of_all_cores(port: int | None = None) -> RayCluster:
 
 def by_ray(cluster: RayCluster) -> tuple[str, ...]:
     return ("--engine", "ray", "--address", cluster.address, "--workers", "2")
-
-
-def slowed_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
-    """Wait for a condition while a run gets a twentieth of its time: a cluster is slower than these trials."""
-    deadline = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(0.38)
-        process.send_signal(signal.SIGCONT)
-        time.sleep(0.02)
 
 
 def assert_like(workspace: Path, other: Path) -> None:
