@@ -89,8 +89,8 @@ def alone(test: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str], seconds: float = 400) -> None:
-    """Wait for a condition while processes are running, for long enough where other tests take all cores."""
+def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str], seconds: float = 180) -> None:
+    """Wait for a condition while processes are running."""
     deadline = time.monotonic() + seconds
     while not condition():
         for process in processes:

@@ -184,13 +184,16 @@ class _Actor:
 
 
 def cluster_address(given: str | None) -> str | None:
-    """Return a cluster's address, or None to start one, restricted to the loopback interface.
+    """Return a cluster's address, or None to start one. Must run before Ray is imported: it sets Ray's variables.
 
-    Otherwise Ray's processes listen on all interfaces, whatever the node's address. Must run before Ray is imported.
+    A new cluster is restricted to the loopback interface: otherwise Ray's processes listen on all interfaces, whatever
+    the node's address. A given one has a minute or two to accept this process: by default Ray tries for 14 minutes.
     """
     address = given or os.environ.get("RAY_ADDRESS")
     if address is None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    else:
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
     return address
 
 

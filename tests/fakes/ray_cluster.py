@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import signal
 import socket
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+
+from tests.processes import environment
 
 RAY = Path(sys.executable).with_name("ray")
 # One for all clusters: Ray reads it once per process.
@@ -82,10 +83,9 @@ class RayCluster:
             "--block",
             "--disable-usage-stats",
         ]
-        env = {**os.environ, **self.env}
         node = subprocess.Popen(
             [str(RAY), "start", *arguments],
-            env=env,
+            env=environment(**self.env),  # without what a cluster of an earlier test has set here
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

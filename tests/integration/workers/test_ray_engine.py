@@ -25,7 +25,7 @@ from job.workers.executor import HANG_SECONDS, Executor
 from job.workers.ray_engine import RayEngine
 from job.workers.worker import WorkerLost, WorkerOutOfMemory
 from tests.fakes.evaluations import Do, Doing
-from tests.fakes.ray_cluster import RayCluster, family
+from tests.fakes.ray_cluster import TOKEN, RayCluster, family
 from tests.helpers import environment, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("ignore")]
@@ -208,6 +208,22 @@ def test_a_stranger_without_the_token_is_not_let_in(cluster: RayCluster) -> None
     assert done.returncode == 1
     assert "MachineError: a Ray cluster at" in done.stderr
     assert "0" * 64 not in done.stderr
+
+
+@pytest.mark.full("workers")
+def test_a_server_that_is_no_cluster_is_one_line_after_two_minutes() -> None:
+    """What answers at the address may be a tunnel, another service, or a cluster that only its own machine reaches."""
+    with socket.create_server(("0.0.0.0", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert address in cluster_check(address).measured
+        script = (
+            "from job.workers.ray_engine import RayEngine\n"
+            f"engine = RayEngine({address!r}); engine.use(1, gpus=0, cpus=1); engine.capacity()"
+        )
+        command = [sys.executable, "-c", script]
+        env = environment(RAY_AUTH_TOKEN=TOKEN)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
+    assert f"MachineError: a Ray cluster at {address} cannot be reached: Failed to connect" in done.stderr
 
 
 @pytest.mark.full("workers")
