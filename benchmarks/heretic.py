@@ -22,6 +22,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from job.config.load import default_values
+from job.preflight.selftest import RATE_SECONDS
 from job.search.convergence import hypervolume
 
 PACKAGE, VERSION = "heretic-llm", "1.4.0"
@@ -117,8 +118,9 @@ def failed(tool: str, why: str, log: Path) -> SystemExit:
 
 
 def threads(task: Task) -> dict[str, str]:
-    """Return the environment variables that set the number of threads."""
-    return {"OMP_NUM_THREADS": str(task.threads), "RAYON_NUM_THREADS": str(task.threads)}
+    """Return the environment variables that set the number of threads, and this tool's usual time for its probes."""
+    threads = str(task.threads)
+    return {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads, "ABLITERATE_PROBE_SECONDS": str(RATE_SECONDS)}
 
 
 def run_peer(command: Path, task: Task, seed: int, folder: Path) -> Outcome:

@@ -4,9 +4,10 @@ python -m benchmarks.peer [ORGANISM] [--trials 200] [--rounds 3] [--threads 2] [
 python -m benchmarks.peer [ORGANISM] --widen 256x12 --tokens 48 [--rounds 1]
 
 heretic-llm is installed from PyPI into its own environment and runs only as a process, driven by its settings file and
-its menus. Both tools alternate with equal organism, prompts, refusal markers, response length, numbers of trials and
-start-up trials, and threads. Each round has a new seed. This tool also runs in the field's search space. heretic's
-threads belong to one process; this tool has a process for each. With --widen the organism is embedded in a larger model
+its menus. Both tools alternate with equal organism, prompts, refusal markers, response length and threads. Each round
+has a new seed. This tool runs with its defaults (gradient descent, its own number of trials), and by TPE with heretic's
+numbers of trials and start-up trials, in its own search space and in the field's. Workers and batches are what the job
+chooses, unless --workers, --together and --ahead say otherwise. With --widen the organism is embedded in a larger model
 without an end token: the same responses, all at full length. Remaining differences are printed with the table. A failed
 run ends the benchmark and its output is kept.
 """
@@ -53,13 +54,17 @@ from job.search.study import read_trials
 from tests.helpers import COMMAND, environment, events, only_job
 
 HERE = Path.home() / ".cache" / "abliteration-job" / "peer"
-WIDE, FIELD = "this, wide space", "this, field's space"
+DEFAULT, WIDE, FIELD = "this, defaults", "this, TPE", "this, TPE, field's"
+METHODS: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
+    WIDE: {"method": "tpe", "space": "wide"},
+    FIELD: {"method": "tpe", "space": "field"},
+}
 UNEQUAL = f"""\
 not equal: heretic evaluates trials one by one and finishes every answer of a batch; this one evaluates some together
-  in every process (--together), asks for so many at once and for as many batches after them before it knows what these
-  came to (--ahead), and stops an answer once a marker has matched, with the same count of refusals; in the search its
-  answers have 30 tokens at most, and the chosen trials are scored again in full.
-equal: edits are sampled by TPE from weight kernels; this tool's default, gradient descent, is benchmarks.real's.
+  and stops an answer once a marker has matched, with the same count of refusals; in the search its answers have 30
+  tokens at most, and the chosen trials are scored again in full.
+not equal: by default this tool descends by gradient before its trials; s/trial leaves the descent out.
 not equal: heretic's sampler minimises scores of its own; this one's refusals and KL. Both volumes are of
   refusals and KL.
 not equal: in the field's space this one's MLP weights are from -0.25 to 1.5, heretic {VERSION}'s from 0.8 to 1.5.
@@ -72,27 +77,27 @@ equal, and not heretic's defaults: no norms of rows are kept, directions are pla
 each tool has the library versions that it asks for: see the JSON."""
 
 
-def run_this(task: Task, seed: int, folder: Path, space: str, together: int, ahead: int) -> Outcome:
+def run_this(task: Task, seed: int, folder: Path, tool: str, layout: dict[str, dict[str, int]]) -> Outcome:
     """Run this tool in a folder, from its command to an exported model.
 
     Args:
         task: Inputs of both tools.
         seed: Of the search.
         folder: Folder of the job; created.
-        space: Name of the search space.
-        together: Trials that each process evaluates at once.
-        ahead: Batches requested before the previous results are known.
+        tool: One of `METHODS`.
+        layout: Settings of workers and batches, "job" and "search"; the job chooses the others.
     """
     folder.mkdir(parents=True)
-    tool = FIELD if space == "field" else WIDE
     kinds = ("good", "bad", "good_eval", "bad_eval", "good_report", "bad_report")
+    trials = {} if tool == DEFAULT else {"trials": task.trials, "startup_trials": task.startup}
+    loading = {} if tool == DEFAULT else {"dtypes": ["float32"], "response_prefix": ""}
     values = {
-        **{"trials": task.trials, "startup_trials": task.startup, "seed": seed, "workspace": str(folder / "jobs")},
-        **{"workers": task.threads, "trials_per_batch": together * task.threads},
+        **{**trials, "seed": seed, "workspace": str(folder / "jobs")},
+        **layout["job"],
         **{f"{kind}_prompts": {"spec": str(task.sets[kind]), "system_prompt": SYSTEM_PROMPT} for kind in kinds},
-        "loading": {"dtypes": ["float32"], "device": "cpu", "response_prefix": ""},
+        "loading": {"device": "cpu", **loading},
         "scoring": {"answer_tokens": task.tokens},
-        "search": {"method": "tpe", "space": space, "ahead": ahead},
+        "search": METHODS[tool] | layout["search"],
     }
     (folder / "config.toml").write_text(toml(values))
     log = folder / "log"
@@ -108,12 +113,12 @@ def run_this(task: Task, seed: int, folder: Path, space: str, together: int, ahe
     job = only_job(folder / "jobs")
     (begin,) = [event["time"] for event in events(folder / "jobs") if event["event"] == "search_started"]
     ends = [event["time"] for event in events(folder / "jobs") if event["event"] == "trial"]
-    if len(ends) != task.trials or not list((job / "export").glob("*.safetensors")):
+    if len(ends) != trials.get("trials", len(ends)) or not list((job / "export").glob("*.safetensors")):
         raise failed(tool, "trials or the export are missing", log)
     count = len(task.sets["bad_eval"].read_text().splitlines())
     found = [trial.values for trial in read_trials(job / "study.db") if trial.values.reason is None]
     points = [(values.refusals / count, min(values.kl, 1.0)) for values in found]
-    return Outcome(tool, seed, (ends[-1] - begin) / task.trials, took, hypervolume(points), min(points)[0])
+    return Outcome(tool, seed, (ends[-1] - begin) / len(ends), took, hypervolume(points), min(points)[0])
 
 
 def prompt_sets(organism: Path, folder: Path) -> dict[str, Path]:
@@ -131,7 +136,7 @@ def prompt_sets(organism: Path, folder: Path) -> dict[str, Path]:
 
 def summary(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     """Return each tool's medians and their ratio to heretic's."""
-    tools = {tool: [outcome for outcome in outcomes if outcome.tool == tool] for tool in (PEER, WIDE, FIELD)}
+    tools = {tool: [outcome for outcome in outcomes if outcome.tool == tool] for tool in (PEER, *METHODS)}
     rows = []
     for tool, runs in tools.items():
         trial, job = (statistics.median([getattr(run, name) for run in runs]) for name in ("trial_s", "job_s"))
@@ -170,8 +175,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=100, help="longest answer")
-    parser.add_argument("--together", type=int, default=8, help="trials that a process of this tool evaluates at once")
-    parser.add_argument("--ahead", type=int, default=2, help="this tool's search.ahead")
+    parser.add_argument("--workers", type=int, help="this tool's processes")
+    parser.add_argument("--together", type=int, help="trials that a process of this tool evaluates at once")
+    parser.add_argument("--ahead", type=int, help="this tool's search.ahead")
     parser.add_argument("--widen", metavar="WIDTHxLAYERS", help="size of a larger model to put the organism into")
     parser.add_argument("--env", type=Path, default=HERE / VERSION, help="heretic's environment, made if absent")
     parser.add_argument("--json", type=Path)
@@ -188,13 +194,18 @@ def main() -> None:
         model = widened(model, folder / "model", *map(int, given.widen.split("x")))
     task = Task(model, sets, given.trials, startup, given.threads, given.tokens)
     print(f"{given.trials} trials, {startup} of them random, {given.threads} threads; runs are kept in {folder}")
+    layout = {
+        "job": {"workers": given.workers} if given.workers else {},
+        "search": {} if given.ahead is None else {"ahead": given.ahead},
+    }
+    if given.together:
+        layout["job"]["trials_per_batch"] = given.together * (given.workers or 1)
     outcomes: list[Outcome] = []
     for seed in range(given.rounds):
         at = folder / str(seed)
-        this = partial(run_this, task, seed, together=given.together, ahead=given.ahead)
         turns: list[Callable[[], Outcome]] = [
             partial(run_peer, command, task, seed, at / "heretic"),
-            *(partial(this, folder=at / space, space=space) for space in ("wide", "field")),
+            *(partial(run_this, task, seed, at / str(number), tool, layout) for number, tool in enumerate(METHODS)),
         ]
         for turn in turns if seed % 2 == 0 else reversed(turns):
             outcome = turn()
@@ -206,7 +217,7 @@ def main() -> None:
         own = {name: importlib.metadata.version(name) for name in LIBRARIES}
         record = {
             **{"trials": task.trials, "startup_trials": startup, "threads": task.threads, "tokens": task.tokens},
-            **{"together": given.together, "ahead": given.ahead},
+            "layout": layout,
             **{"machine": platform.platform(), "cores": os.cpu_count(), "load": os.getloadavg()},
             **{"versions": {PEER: versions(given.env), "this": own}, "medians": rows},
             **{"runs": [asdict(outcome) for outcome in outcomes], "not equal": UNEQUAL.splitlines()},
