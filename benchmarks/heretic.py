@@ -119,8 +119,8 @@ def failed(tool: str, why: str, log: Path) -> SystemExit:
 
 def threads(task: Task) -> dict[str, str]:
     """Return the environment variables that set the number of threads, and this tool's usual time for its probes."""
-    threads = str(task.threads)
-    return {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads, "ABLITERATE_PROBE_SECONDS": str(RATE_SECONDS)}
+    count = str(task.threads)
+    return {"OMP_NUM_THREADS": count, "RAYON_NUM_THREADS": count, "ABLITERATE_PROBE_SECONDS": str(RATE_SECONDS)}
 
 
 def run_peer(command: Path, task: Task, seed: int, folder: Path) -> Outcome:

@@ -92,7 +92,8 @@ def run_this(task: Task, seed: int, folder: Path, tool: str, layout: dict[str, d
     trials = {} if tool == DEFAULT else {"trials": task.trials, "startup_trials": task.startup}
     loading = {} if tool == DEFAULT else {"dtypes": ["float32"], "response_prefix": ""}
     values = {
-        **{**trials, "seed": seed, "workspace": str(folder / "jobs")},
+        **{"seed": seed, "workspace": str(folder / "jobs")},
+        **trials,
         **layout["job"],
         **{f"{kind}_prompts": {"spec": str(task.sets[kind]), "system_prompt": SYSTEM_PROMPT} for kind in kinds},
         "loading": {"device": "cpu", **loading},
