@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from job.architectures.tiny_model import empty_model
 from job.errors import ImpossibleJobError, in_one_line
@@ -29,6 +29,15 @@ def require_fit(folder: Path, files: Sequence[str], loading: Mapping[str, Any]) 
                 f"({problem.replace('_', ' ')}: {sorted(map(str, loading[problem]))[0]})",
                 remedy="obtain an undamaged copy of the model",
             )
+
+
+def untied(model: PreTrainedModel) -> list[str]:
+    """Return the weights that the configuration ties to others, and for which the files hold different values.
+
+    transformers loads such weights as they are, with a warning of its own.
+    """
+    by_config = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return sorted(by_config.keys() - model.all_tied_weights_keys.keys())
 
 
 def unloadable(folder: Path, error: Exception) -> ImpossibleJobError:

@@ -42,7 +42,7 @@ from job.model.dequantization import plain_loading_config
 from job.model.device_faults import Shortage, within_memory
 from job.model.devices import resolve_device
 from job.model.finite_weights import infinite_parameter, require_finite
-from job.model.fit import require_fit, unloadable
+from job.model.fit import require_fit, unloadable, untied
 from job.model.memory import keep_freed_memory
 from job.model.output_head import make_head_inputs_contiguous
 from job.model.placement import spread
@@ -129,7 +129,13 @@ def load_model(
     prepare_transformers()
     tokenizer = load_tokenizer(folder, settings.trust_remote_code)
     candidates = [dtype] if dtype else list(dict.fromkeys(settings.dtypes))
-    return first_working(folder, tokenizer, candidates, load, report, rendering)
+    loaded = first_working(folder, tokenizer, candidates, load, report, rendering)
+    for name in untied(loaded.model):
+        report(
+            f"warning: {CONFIG} ties {name} to the embedding, but the files hold different values, which are used. "
+            "Other programs may use the embedding: set tie_word_embeddings to false"
+        )
+    return loaded
 
 
 def prepare_transformers() -> None:

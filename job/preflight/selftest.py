@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 PATTERN_BYTES = {"cuda": 8 * GIB, "cpu": 64 * MIB}
 # Without time to measure rates, a CPU's memory is not worth more: a host's pages cost more than the rest of preflight.
 _PATTERN_BYTES_WITHOUT_TIME = MIB
-_SIDES = {"cuda": 4096, "cpu": 384}
-# Smaller: without units for it a CPU needs milliseconds for this alone.
-_HALF_SIDE = 192
+# On a CPU the first of several: without units for bfloat16, this alone takes it milliseconds.
+_SIDES = {"cuda": 4096, "cpu": 192}
+# A shorter product would measure what it takes to begin one. Below that, the side is doubled.
+_LONG_ENOUGH = {"cuda": 0.0, "cpu": 2e-3}
 # A CPU reads half the bytes in bfloat16; what its arithmetic loses has to be more than that.
 _CLEARLY_FASTER = 2.0
 _CHUNK_BYTES = 256 * MIB
@@ -67,8 +68,8 @@ def exercise(device: str, *, most_bytes: int | None = None, seconds: float = RAT
         most = _PATTERN_BYTES_WITHOUT_TIME if kind == "cpu" and seconds == 0 else PATTERN_BYTES[kind]
         budget = min(most_bytes or most, _free(target) // 4)
         fault = _wrong_product(target) or _forgotten_pattern(target, budget)
-        flops = _product_rate(target, torch.bfloat16 if kind == "cuda" else torch.float32, _SIDES[kind], seconds)
-        half = _product_rate(target, torch.bfloat16, _HALF_SIDE, seconds / 4) if kind == "cpu" else 0.0
+        flops = _product_rate(target, torch.bfloat16 if kind == "cuda" else torch.float32, seconds)
+        half = _product_rate(target, torch.bfloat16, seconds / 4) if kind == "cpu" else 0.0
         bandwidth = _copy_rate(target, min(budget, _CHUNK_BYTES), seconds)
     except (RuntimeError, AssertionError) as error:
         # Errors of the CUDA runtime, of its allocator and of a torch without CUDA: what is looked for.
@@ -124,11 +125,19 @@ def _forgotten_pattern(device: torch.device, budget: int) -> str | None:
     return f"{wrong} words of memory lost their value" if wrong else None
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype, side: int, seconds: float) -> float:
+def _product_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
     import torch
 
-    a = torch.ones(side, side, dtype=dtype, device=device)
-    return 2 * side**3 / _time_of(lambda: a @ a, device, seconds)
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    side = _SIDES[kind]
+
+    def product_time(longest: float) -> float:
+        a = torch.ones(side, side, dtype=dtype, device=device)
+        return _time_of(lambda: a @ a, device, longest)
+
+    while product_time(0) < _LONG_ENOUGH[kind]:
+        side *= 2
+    return 2 * side**3 / product_time(seconds)
 
 
 def _copy_rate(device: torch.device, count: int, seconds: float) -> float:
@@ -140,20 +149,22 @@ def _copy_rate(device: torch.device, count: int, seconds: float) -> float:
 
 
 def _time_of(action: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Return the seconds that `action` takes at best: other processes slow single repetitions down."""
     import torch
 
     # Several before each wait, so that waiting for the device does not count as its work.
     at_once = 8 if device.type == "cuda" else 1
 
-    def run() -> None:
+    def run() -> float:
+        started = time.perf_counter()
         for _ in range(at_once):
             action()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        return (time.perf_counter() - started) / at_once
 
     run()
-    started, times = time.perf_counter(), 0
-    while times == 0 or time.perf_counter() - started < seconds:
-        run()
-        times += at_once
-    return max(time.perf_counter() - started, 1e-9) / times
+    ends, best = time.perf_counter() + seconds, run()
+    while time.perf_counter() < ends:
+        best = min(best, run())
+    return max(best, 1e-9)

@@ -22,6 +22,8 @@ from job.model.safetensors_header import read_header
 from job.model.user_files import object_of
 from tests.helpers import loading
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
 
 def damage(folder: Path, change: object) -> None:
     tensors = load_file(folder / "model.safetensors")
@@ -57,6 +59,18 @@ def test_weights_that_do_not_fit_the_configuration(model_in_one_file: Path) -> N
     damage(model_in_one_file, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(ImpossibleJobError, match=r"missing keys: model\.norm\.weight"):
         load_model(model_in_one_file, loading("auto"), print)
+
+
+@pytest.mark.parametrize("another", [True, False])
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_named(model_in_one_file: Path, another: bool) -> None:
+    file = model_in_one_file / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    if not another:
+        damage(model_in_one_file, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    held, reported = load_file(model_in_one_file / "model.safetensors"), []
+    loaded = load_model(model_in_one_file, loading("auto"), reported.append)
+    assert torch.equal(loaded.model.get_output_embeddings().weight, held[HEAD])
+    assert [HEAD in line and "tie_word_embeddings" in line for line in reported] == [True] * another
 
 
 def test_a_truncated_file(model_in_one_file: Path) -> None:

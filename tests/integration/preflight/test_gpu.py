@@ -7,9 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import timeit
 from pathlib import Path
 
 import pytest
+import torch
 
 from job.errors import UsageError
 from job.preflight import cuda, gpu
@@ -205,6 +207,19 @@ def test_a_device_computes_right_and_keeps_its_memory() -> None:
     assert compute_check(found).status == "ok"
 
 
+def fastest_product(dtype: torch.dtype, side: int = 768) -> float:
+    matrix = torch.ones(side, side, dtype=dtype)
+    return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=20))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.4])
+def test_a_cpu_is_judged_by_its_arithmetic_and_not_by_what_it_takes_to_begin(seconds: float) -> None:
+    loss = fastest_product(torch.bfloat16) / fastest_product(torch.float32)
+    if 1 < loss < 4:
+        pytest.skip("this CPU is about as fast as float32 has to be: either verdict is right")
+    assert exercise("cpu", most_bytes=MIB, seconds=seconds).prefers_float32 == (loss > 2)
+
+
 def test_a_device_that_is_not_there() -> None:
     check = compute_check(exercise("cuda:99", most_bytes=MIB, seconds=0.01))
     assert check.status == "fail"
@@ -231,6 +246,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 READ = """
 import sys
+import timeit
 from job.preflight.machine import read_machine
 print(read_machine(cuda_library=sys.argv[1]).model_dump_json())
 """
@@ -296,6 +312,7 @@ def test_libraries_that_fail_or_are_none(stub: Path, monkeypatch: pytest.MonkeyP
 
 WAITING = """
 import sys
+import timeit
 from pathlib import Path
 from job.config.load import load_settings
 from job.preflight import machine_checks
