@@ -13,6 +13,8 @@ from job.records import Record
 # Shares of a card's data sheet that long matrix products and reads of the weights reach in practice.
 FLOPS_SHARE = 0.4
 BANDWIDTH_SHARE = 0.6
+# Below this many hours, what the estimate leaves out takes longer: starting, checks and reports.
+_SOON = 30 / 3600
 PHASES = ("download", "load", "residuals", "baseline", "search", "export", "upload")
 
 
@@ -164,7 +166,7 @@ def time_check(hours: Hours, most_hours: float | None) -> Check:
     return Check(
         name="estimate.time",
         status=status,
-        measured=f"about {_duration(hours.total)}: {parts}",
+        measured="less than a minute" if hours.total < _SOON else f"about {_duration(hours.total)}: {parts}",
         needed="any time" if most_hours is None else f"{_duration(most_hours)} at most",
         remedy=remedy,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from job.preflight import estimate as module
-from job.preflight.estimate import Hours, PhaseWork, Rates, cost, cost_check, device_rates, estimate, time_check
+from job.preflight.estimate import PHASES, Hours, PhaseWork, Rates, cost, cost_check, device_rates, estimate, time_check
 from job.preflight.gpu_table import parse_on
 from job.preflight.readings import Holder, MachineReading, read_reading
 from job.preflight.restarts import PastStart, restart_check
@@ -81,6 +81,9 @@ def test_time_and_money_against_their_limits() -> None:
     assert "search 8.0 h" in cut.measured
     assert "--trials" in cut.remedy
     assert time_check(hours, 0.9).status == "fail"
+    assert time_check(hours, None).measured.startswith("about ")
+    soon = Hours(**dict.fromkeys(PHASES, 1 / 3600))
+    assert time_check(soon, None).measured == "less than a minute"
     assert cost_check(hours, 2.0, None).measured == "about $18.00 at $2.00 an hour"
     assert cost_check(hours, 2.0, 17.0).status == "warn"
     assert cost_check(hours, 2.0, 1.0).status == "fail"
