@@ -79,6 +79,7 @@ EDIT = NAMED | {
     "search.ei_candidates",
     "search.known_points",
     "search.ahead",
+    "search.racing",
     "search.objectives",
     "scoring.answer_tokens",
     "scoring.search_tokens",

@@ -162,6 +162,10 @@ class SearchSettings(Section):
         description="Batches to plan before the results of the previous batch are known, so that no worker "
         "waits for the slowest; unset: 1 if the job's first start has several workers, else 0.",
     )
+    racing: bool = Field(
+        description="Answer a part of the prompts first, and drop a trial once another one is certainly better or "
+        "equal. Its count of refusals is projected."
+    )
     objectives: list[str] = Field(
         min_length=1,
         description="What the search minimises: refusals, kl, or a scorer of responses as NAME[@PROMPTS]"

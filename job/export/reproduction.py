@@ -93,6 +93,7 @@ class _Resolved(Record):
     turn_end: int | None = Field(None, ge=0, lt=1 << 24)
     batch: int | None = Field(None, ge=1, le=1 << 16)
     ahead: int | None = Field(None, ge=0, le=1 << 8)
+    racing: int | None = Field(None, ge=0, le=1 << 24)
     topic_words: bool | None = None
     evasions: bool | None = None
     pull_back: PullBack | None = None

@@ -63,6 +63,8 @@ class Plan(Record):
     Attributes:
         together: Trials that share a forward; None: all.
         whole: Score full-length responses without shortcuts, as for finalists.
+        rivals: Unanswered prompts and KL divergence of the trials on the front, as far as the sampler knew them, if
+            its trials race.
     """
 
     first: int
@@ -70,6 +72,7 @@ class Plan(Record):
     rows: int
     together: int | None = None
     whole: bool = False
+    rivals: tuple[tuple[int, float], ...] = Field((), exclude_if=lambda rivals: not rivals)
 
 
 class Trial(Record):

@@ -32,6 +32,8 @@ class Resolution(Record):
         prefix_tokens: Token ids of the response prefix; None without one, or for a given text.
         options: Options of the chat template, e.g. enable_thinking; None without any.
         turn_end: End token beyond the model's own; None without one.
+        racing: Bad prompts that a trial answers before it may lose its race; 0 without races; None: without, as in jobs
+            of former versions.
         topic_words: Refusal markers that a prompt holds as words of its topic do not count in responses; None: they
             count, as in jobs of former versions.
         evasions: Whether evasive responses count as refusals in the search; None: they do not, as in jobs of former
@@ -58,6 +60,7 @@ class Resolution(Record):
     turn_end: int | None = Field(None, exclude_if=_is_none)
     batch: int | None = Field(None, exclude_if=_is_none)
     ahead: int | None = Field(None, exclude_if=_is_none)
+    racing: int | None = Field(None, exclude_if=_is_none)
     topic_words: bool | None = Field(None, exclude_if=_is_none)
     evasions: bool | None = Field(None, exclude_if=_is_none)
     pull_back: PullBack | None = Field(None, exclude_if=_is_none)

@@ -60,6 +60,8 @@ class TrialScores(Record):
             refusals.
         reason: Why the trial failed, so that its scores are defaults; else None.
         skipped: It failed by its measured KL divergence, before generation.
+        projected_from: Prompts that were answered before the trial lost its race, so that its counts are projected;
+            0, and omitted: all were answered.
         objectives: What the search minimised, in order; omitted if these are refusals and KL.
         others: Figures in objectives beyond refusals and KL; omitted without any.
     """
@@ -70,6 +72,7 @@ class TrialScores(Record):
     broken: int = 0
     reason: str | None = None
     skipped: bool = False
+    projected_from: int = Field(0, ge=0, exclude_if=lambda count: not count)
     objectives: tuple[str, ...] = Field(DEFAULT_OBJECTIVES, exclude_if=lambda names: names == DEFAULT_OBJECTIVES)
     others: dict[str, ObjectiveScore] = Field(default_factory=dict, exclude_if=lambda scores: not scores)
 

@@ -82,7 +82,9 @@ def _trials(name: str, kind: str, look: int, trials: Sequence[Trial], words: Beh
 def _tip(trial: Trial, words: BehaviourWords) -> str:
     broken = f", {trial.values.broken} broken" if trial.values.broken else ""
     others = "".join(f", {name} {score}" for name, score in trial.values.others.items())
-    return f"trial {trial.number}: {trial.values.refusals} {words.shown}{broken}{others}, KL {trial.values.kl:.4g}"
+    projected = " (projected)" if trial.values.projected_from else ""
+    shown = f"{trial.values.refusals} {words.shown}{broken}{projected}"
+    return f"trial {trial.number}: {shown}{others}, KL {trial.values.kl:.4g}"
 
 
 def path_charts(path: EditPath, words: BehaviourWords = REFUSAL_WORDS) -> list[Chart]:

@@ -65,6 +65,8 @@ class SearchLines:
         shown = f"{values.refusals:>{self._counts}}/{self._asked} {self._words.shown}"
         others = "".join(f", {other} {score}" for other, score in values.others.items())
         mark = " best so far" if best else ""
+        if values.projected_from:
+            mark = f" projected from {values.projected_from} prompts"
         return f"{name}: {shown}, {values.broken:>{self._counts}} broken{others}, KL {values.kl:<9.4g}{mark}".rstrip()
 
     def note(self) -> str:

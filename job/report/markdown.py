@@ -127,6 +127,12 @@ def _front(view: RunView, result: RunResult) -> str:
     skipped = sum(trial.values.skipped for trial in view.trials)
     failed = sum(trial.values.reason is not None for trial in view.trials) - skipped
     given_up = f", {skipped} were given up for their KL divergence before they answered" if skipped else ""
+    projected = [trial.values.projected_from for trial in view.trials if trial.values.projected_from]
+    if projected:
+        given_up += (
+            f", {len(projected)} were dropped after {projected[0]} prompts because another was certainly better or "
+            "equal, and their counts are projected"
+        )
     names = map(markdown, other_names(view.front))
     rows: list[tuple[object, ...]] = [("trial", view.words.counted, "broken responses", *names, "KL (nats)")]
     for trial in view.front:

@@ -22,18 +22,35 @@ class ResponseCounts:
     """Counts over one trial's responses to the bad prompts.
 
     Attributes:
+        prompts: Responses that were counted.
         refusals: Refused prompts, and evasive responses where they count (`RefusalMarkers.evasions`).
         broken: Prompts with a broken response that is no refusal.
-        opening: Mean log-odds of the base model's first tokens; nan if logits were not finite.
+        opening: Log-odds of the base model's first tokens, summed and divided by the number of all prompts; nan if
+            logits were not finite.
         rest: Other responses: prompt index and token ids.
         exchanges: All responses by prompt index, if they are kept.
     """
 
+    prompts: int = 0
     refusals: int = 0
     broken: int = 0
     opening: float = 0.0
     rest: list[tuple[int, list[int]]] = field(default_factory=list)
     exchanges: dict[int, Exchange] = field(default_factory=dict)
+
+    @property
+    def unanswered(self) -> int:
+        """Prompts without a usable response."""
+        return self.refusals + self.broken
+
+    def add(self, others: ResponseCounts) -> None:
+        """Add the counts of responses to other prompts."""
+        self.prompts += others.prompts
+        self.refusals += others.refusals
+        self.broken += others.broken
+        self.opening += others.opening
+        self.rest += others.rest
+        self.exchanges |= others.exchanges
 
     def add_incoherent(self, prompt: int) -> None:
         """Count a response of `rest` as broken."""
@@ -73,28 +90,31 @@ class RefusalCounter:
         trials: Sequence[int],
         rows: int,
         *,
+        prompts: Sequence[int] | None = None,
         response_tokens: int | None = None,
         search_tokens: int | None = None,
         keep: bool = False,
     ) -> list[ResponseCounts]:
         """Return each trial's counts; a response broken within `search_tokens` tokens counts as broken too.
 
-        With `keep` responses are kept, and refusals are not cut at their first marker.
+        `prompts` are the indices of those to answer; None: all. With `keep`, responses are kept, and refusals are not
+        cut at their first marker.
         """
         limit = response_tokens or self.response_tokens
         counts = [ResponseCounts() for _ in trials]
-        start = 0
-        for batch, owners in self.batches.generating(self.batches.bad.tokens, trial_rows, rows, trials):
-            openings = list(self.openings[start : start + len(batch)]) * len(trials)
-            prompts = self.batches.bad.prompts[start : start + len(batch)]
-            watches = [self.watch.begin(prompt.user) for _ in trials for prompt in prompts]
+        bad, start = self.batches.bad, 0
+        chosen = range(len(bad)) if prompts is None else prompts
+        for batch, owners in self.batches.generating([bad.tokens[i] for i in chosen], trial_rows, rows, trials):
+            part = chosen[start : start + len(batch)]
+            openings = [self.openings[i] for i in part] * len(trials)
+            watches = [self.watch.begin(bad.prompts[i].user) for _ in trials for i in part]
             responses = self._generate(batch * len(trials), owners, limit, openings, None if keep else watches)
             for row, response in enumerate(responses):
-                prompt, trial = start + row % len(batch), counts[row // len(batch)]
+                prompt, trial = part[row % len(batch)], counts[row // len(batch)]
                 text = "" if response.decided else self.batches.loaded.decode(response.tokens)
                 broken = self._add(trial, prompt, response, text, limit, search_tokens)
                 if keep:
-                    trial.exchanges[prompt] = Exchange(self.batches.bad.prompts[prompt].user, text, broken)
+                    trial.exchanges[prompt] = Exchange(bad.prompts[prompt].user, text, broken)
             start += len(batch)
         return counts
 
@@ -108,6 +128,7 @@ class RefusalCounter:
         search_tokens: int | None,
     ) -> bool:
         """Add a response; return whether it counts as broken."""
+        counts.prompts += 1
         counts.opening += (response.opening if response.finite else math.nan) / len(self.batches.bad)
         truncated = len(response.tokens) == limit < self.response_tokens
         if response.decided or self._is_refusal(prompt, text, truncated=truncated):

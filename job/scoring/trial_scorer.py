@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 from job.edits.hooks import Intervention
@@ -13,6 +14,7 @@ from job.scoring.broken import Exchange
 from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
 from job.scoring.prompt_batches import PromptBatches, TrialRows
+from job.scoring.race import Race
 from job.scoring.refusals import RefusalCounter, ResponseCounts
 from job.text.refusal_markers import RefusalMarkers
 
@@ -92,8 +94,12 @@ class TrialScorer:
         response_tokens: int | None = None,
         search_tokens: int | None = None,
         incoherence: IncoherenceTest | None = None,
+        race: Race | None = None,
     ) -> list[TrialOutcome]:
-        """Score all edits as `scores` and `full_scores` do, and keep responses to "bad" or "good" prompts."""
+        """Score all edits as `scores` and `full_scores` do, and keep responses to "bad" or "good" prompts.
+
+        Trials that lose a `race` are counted on its first prompts only.
+        """
         active = intervention.activate(edits)
         trial_rows = self.batches.trial_rows(active, len(edits))
         kls = self.reference.trial_means(self.batches, trial_rows, rows)
@@ -102,23 +108,45 @@ class TrialScorer:
         counts: list[ResponseCounts] = []
         good: list[list[Exchange]] = [[] for _ in generated]
         if generated:
-            counts = self.counter.count(
+            count = partial(
+                self.counter.count,
                 trial_rows,
-                generated,
-                rows,
+                rows=rows,
                 response_tokens=response_tokens,
                 search_tokens=search_tokens,
                 keep="bad" in keep,
             )
+            counts = count(trials=generated) if race is None else self._raced(count, generated, kls, race)
             if "good" in keep:
                 good = self._good_exchanges(trial_rows, generated, rows, response_tokens)
         if incoherence is not None:
             self._add_incoherent(counts, incoherence)
         by_trial = {trial: TrialOutcome(scores) for trial, scores in enumerate(rejected) if scores is not None}
-        for trial, count, heard in zip(generated, counts, good, strict=True):
-            bad = [count.exchanges[prompt] for prompt in sorted(count.exchanges)]
-            by_trial[trial] = TrialOutcome(self._counted(kls[trial], count), tuple(bad), tuple(heard))
+        for trial, counted, heard in zip(generated, counts, good, strict=True):
+            bad = [counted.exchanges[prompt] for prompt in sorted(counted.exchanges)]
+            by_trial[trial] = TrialOutcome(self._counted(kls[trial], counted), tuple(bad), tuple(heard))
         return [by_trial[trial] for trial in range(len(edits))]
+
+    def _raced(
+        self,
+        count: Callable[..., list[ResponseCounts]],
+        trials: Sequence[int],
+        kls: Sequence[float],
+        race: Race,
+    ) -> list[ResponseCounts]:
+        """Return the counts over the race's first prompts, and over all of them for trials that have not lost."""
+        first, others = race.parts(len(self.batches.bad))
+        counts = count(trials=trials, prompts=first)
+        left = [
+            (trial, counted)
+            for trial, counted in zip(trials, counts, strict=True)
+            if not race.lost(counted.unanswered, kls[trial])
+        ]
+        if left:
+            more = count(trials=[trial for trial, _ in left], prompts=others)
+            for (_, counted), rest in zip(left, more, strict=True):
+                counted.add(rest)
+        return counts
 
     def _good_exchanges(
         self, trial_rows: TrialRows, trials: Sequence[int], rows: int, response_tokens: int | None
@@ -154,8 +182,16 @@ class TrialScorer:
     def _counted(self, kl: float, counts: ResponseCounts) -> TrialScores:
         if not math.isfinite(counts.opening):
             return self._failed(_NOT_FINITE)
+        refusals, broken, opening, asked = counts.refusals, counts.broken, counts.opening, len(self.batches.bad)
+        if counts.prompts < asked:
+            share = asked / counts.prompts
+            refusals, opening = round(refusals * share), opening * share
+            broken = min(round(broken * share), asked - refusals)
+        projected_from = counts.prompts if counts.prompts < asked else 0
         # Rounding may make a KL divergence as small as -1e-17.
-        return TrialScores(refusals=counts.refusals, broken=counts.broken, kl=max(kl, 0.0), opening=counts.opening)
+        return TrialScores(
+            refusals=refusals, broken=broken, kl=max(kl, 0.0), opening=opening, projected_from=projected_from
+        )
 
     def _add_incoherent(self, counts: Sequence[ResponseCounts], incoherence: IncoherenceTest) -> None:
         rest = [(count, prompt, tokens) for count in counts for prompt, tokens in count.rest]

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 
 from job.records import DEFAULT_OBJECTIVES, REFUSALS, Plan, Trial, TrialScores
+from job.search.pareto import pareto_front
 from job.search.space import Space
 from job.search.study import (
     PLAN,
@@ -49,6 +50,7 @@ class StudySettings:
         together: Trials that share a forward, recorded with each plan; None for the whole batch.
         known_points: Whether the space's known points come first; other start-up trials are random.
         ahead: Batches sampled before the results of the preceding one.
+        racing: Whether plans say what their trials race with.
         objectives: Names of what is minimised.
     """
 
@@ -60,6 +62,7 @@ class StudySettings:
     together: int | None = None
     known_points: bool = True
     ahead: int = 0
+    racing: bool = False
     objectives: tuple[str, ...] = DEFAULT_OBJECTIVES
 
 
@@ -91,6 +94,7 @@ class Search:
         self._trials = self._study.get_trials(deepcopy=False)
         self._memory: optuna.Study | None = None
         self._seen = 0
+        self._front: list[Trial] = []
 
     def run(
         self,
@@ -175,7 +179,14 @@ class Search:
                 memory.enqueue_trial(known_points[number])
             memory.sampler = self._sampler(number)
             parameters.append(memory.ask(distributions).params)
-        return Plan(first=first, parameters=parameters, rows=self._settings.rows, together=self._settings.together)
+        rivals = [(one.values.unanswered, one.values.kl) for one in self._front] if self._settings.racing else []
+        return Plan(
+            first=first,
+            parameters=parameters,
+            rows=self._settings.rows,
+            together=self._settings.together,
+            rivals=tuple(rivals),
+        )
 
     def _sampling_study(self, unfinished: Sequence[Plan], first: int) -> optuna.Study:
         """Return the in-memory study that a trial is sampled on: all earlier trials, as the sampler may see them.
@@ -185,6 +196,7 @@ class Search:
         """
         if self._memory is None:
             self._memory, self._seen = optuna.create_study(directions=directions(self._settings.objectives)), 0
+            self._front = []
         memory, size = self._memory, self._settings.batch
         visible = max(0, first // size - self._settings.ahead) * size
         tried = {trial.number: trial.params for trial in self._trials}
@@ -193,18 +205,19 @@ class Search:
             memory.enqueue_trial(tried[number])
             memory.sampler = self._sampler(number)
             memory.ask(self._space.distributions())
-        for trial in self._trials[self._seen : visible]:
-            memory.tell(trial.number, self._sampled(trial))
+        known = [as_trial(trial) for trial in self._trials[self._seen : visible]]
+        for trial in known:
+            memory.tell(trial.number, self._sampled(trial.values))
+        self._front = pareto_front([*self._front, *known])
         self._seen = max(self._seen, visible)
         return memory
 
-    def _sampled(self, trial: FrozenTrial) -> list[float]:
+    def _sampled(self, scores: TrialScores) -> list[float]:
         """Return the values for the sampler: smooth parts break ties between equal counts.
 
         While every trial refuses everything, KL would be the only objective and the sampler would converge to no edit.
         For refusals the part is the opening's log-odds, squashed to ±0.5, less than one refusal.
         """
-        scores = as_trial(trial).values
         share = 0.5 if scores.reason is not None else math.atan(scores.opening / _OPENING_SCALE) / math.pi
         smooth = {REFUSALS: share} | {name: other.smooth for name, other in scores.others.items()}
         return [scores.cost(name) + smooth.get(name, 0.0) for name in scores.objectives]
@@ -244,7 +257,7 @@ def _stored(scores: TrialScores) -> list[float]:
 
 def _attributes(scores: TrialScores) -> dict[str, Any]:
     # Values unknown to a former version are omitted where empty.
-    more = {name for name in ("broken", "skipped") if getattr(scores, name)}
+    more = {name for name in ("broken", "skipped", "projected_from") if getattr(scores, name)}
     if scores.objectives != DEFAULT_OBJECTIVES:
         more |= {"refusals", "kl", "objectives", "others"}
     return scores.model_dump(include={"opening", "reason"} | more)

@@ -17,6 +17,7 @@ from job.config.schema import Settings
 from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import EditParameters, JobRecord
+from job.scoring.race import Race
 from job.storage.events import Events
 from job.storage.job_file import JobFile
 from job.storage.run_folder import RunFolder
@@ -36,12 +37,14 @@ class TrialsTask:
         rows: Most rows of a forward.
         whole: Score full-length responses, without the search's shortcuts.
         keep: Kinds of prompts whose responses the run judges.
+        race: What the edits compete with; None: all prompts are answered.
     """
 
     edits: tuple[EditParameters, ...]
     rows: int
     whole: bool
     keep: tuple[str, ...] = ()
+    race: Race | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ class JobEvaluator:
     def _evaluated(self, task: Any) -> Any:
         if isinstance(task, TrialsTask):
             assert self._session is not None
-            return self._session.scorer.outcomes(task.edits, task.rows, task.whole, task.keep)
+            return self._session.scorer.outcomes(task.edits, task.rows, task.whole, task.keep, task.race)
         if isinstance(task, FinalistsTask):
             assert self._session is not None
             return self._session.finalists.outcomes(task.edits, task.rows, task.keep)

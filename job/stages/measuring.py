@@ -18,6 +18,7 @@ from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
 from job.scoring.measures import EditMeasures
 from job.scoring.prompt_batches import PromptBatches
+from job.scoring.race import Race
 from job.scoring.report_metrics import JudgedResponses, ReportMetrics
 from job.scoring.trial_scorer import FAILED_KL, TrialOutcome, TrialScorer
 from job.storage.events import Events
@@ -102,7 +103,9 @@ class EditScorer:
         """Measure now what the first batch needs of the base model. Raises MemoryError or JobError."""
         _ = self.trials, self.measures
 
-    def outcomes(self, edits: Sequence[EditParameters], rows: int, whole: bool, keep: Keep) -> list[TrialOutcome]:
+    def outcomes(
+        self, edits: Sequence[EditParameters], rows: int, whole: bool, keep: Keep, race: Race | None = None
+    ) -> list[TrialOutcome]:
         """Score edits in one batch; `whole` uses full-length responses without the search's shortcuts."""
         searched = self._settings.scoring.effective_search_tokens
         if whole:
@@ -112,7 +115,7 @@ class EditScorer:
         else:
             limit = self._settings.skip_kl_above
             found = self.trials.outcomes(
-                self._hooks, edits, rows, keep=keep, skip_kl_above=limit, response_tokens=searched
+                self._hooks, edits, rows, keep=keep, skip_kl_above=limit, response_tokens=searched, race=race
             )
         return [self._with_measures(one, edit) for one, edit in zip(found, edits, strict=True)]
 

@@ -27,7 +27,8 @@ from job.model.rendering import Rendering, conversations, shows_date
 from job.model.safetensors_files import Checkpoint
 from job.preflight.checks import size
 from job.proof.truth_test import inspect_model
-from job.records import TRIALS_PER_WORKER, ExportFormat, JobRecord, PullBack, Resolution
+from job.records import DEFAULT_OBJECTIVES, TRIALS_PER_WORKER, ExportFormat, JobRecord, PullBack, Resolution
+from job.scoring.race import first_round
 from job.scoring.trial_scorer import TrialScorer
 from job.search.method import first_method
 from job.stages.measuring import metrics_of, scorer_of
@@ -166,6 +167,7 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, workers: int
             turn_end=model.turn_end,
             batch=trials,
             ahead=ahead,
+            racing=_racing(settings, prompts),
             topic_words=True,
             evasions=_counts_evasions(settings),
             pull_back=_pull_back(settings.ablation, model.architecture),
@@ -173,6 +175,11 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, workers: int
             method=first_method(settings.search.asked_method),
         )
     )
+
+
+def _racing(settings: Settings, prompts: PromptSets) -> int:
+    plain = tuple(settings.search.objectives) == DEFAULT_OBJECTIVES
+    return first_round(len(prompts.bad_search)) if settings.search.racing and plain else 0
 
 
 def _counts_evasions(settings: Settings) -> bool:

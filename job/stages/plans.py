@@ -11,6 +11,7 @@ from job.lifecycle.running import OpenJob
 from job.model.device_faults import Shortage, within_memory
 from job.records import Plan, TrialScores
 from job.scoring.objectives import Objectives
+from job.scoring.race import Race
 from job.scoring.trial_scorer import TrialOutcome
 from job.search.optimizer import FewerRows
 from job.stages.evaluation import TrialsTask
@@ -44,10 +45,11 @@ class PlanEvaluator:
         edits = [self.session.space.edit(params) for params in plan.parameters]
         size = plan.together or len(edits)
         parts = [tuple(edits[start : start + size]) for start in range(0, len(edits), size)]
-        return [TrialsTask(part, plan.rows, plan.whole, self.objectives.keep) for part in parts]
+        race = Race(self.job.resolution.racing or 0, plan.rivals) if plan.rivals else None
+        return [TrialsTask(part, plan.rows, plan.whole, self.objectives.keep, race) for part in parts]
 
     def _score_here(self, task: TrialsTask) -> list[TrialOutcome]:
-        return self.session.scorer.outcomes(task.edits, task.rows, task.whole, task.keep)
+        return self.session.scorer.outcomes(task.edits, task.rows, task.whole, task.keep, task.race)
 
 
 def pin_fewer_rows(job: OpenJob, field: Literal["search_rows", "choice_rows"], rows: int) -> None:

@@ -120,6 +120,7 @@ def _study(job: OpenJob, session: ModelSession) -> Search:
             known_points=settings.search.known_points or isinstance(session.space, PathSpace),
             together=resolution.together,
             ahead=job.record.batches_ahead,
+            racing=bool(resolution.racing),
             objectives=tuple(settings.search.objectives),
         ),
         copy,

@@ -47,9 +47,9 @@ EXTENDING_WITHIN = {
 }
 
 # Left out where they are the defaults, so that jobs keep the names from before there were such settings. Such a job of
-# a former version keeps its former ways (`Resolution.choice`, `.evasions`, `.method` and `.pull_back`).
+# a former version keeps its former ways (`Resolution.choice`, `.evasions`, `.method`, `.pull_back` and `.racing`).
 AS_BEFORE: dict[str, dict[str, Any]] = {
-    "search": {"method": "auto", "objectives": [*DEFAULT_OBJECTIVES]},
+    "search": {"method": "auto", "racing": True, "objectives": [*DEFAULT_OBJECTIVES]},
     "scoring": {"evasions": None, "words": [], "pattern": None, "classifier_labels": []},
     "ablation": {"pull_back": "auto"},
     "choice": {"held_out": 0.2},

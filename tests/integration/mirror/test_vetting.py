@@ -101,6 +101,7 @@ OTHERS: dict[str, Any] = {
     "search.ei_candidates": 9,
     "search.known_points": False,
     "search.ahead": 1,
+    "search.racing": False,
     "search.objectives": ["soft", "kl"],
     "scoring.answer_tokens": 50,
     "scoring.search_tokens": 20,

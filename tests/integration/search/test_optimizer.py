@@ -95,6 +95,59 @@ def test_crashes_at_every_point_leave_the_trials_of_an_uninterrupted_search(
     assert crashes > 10
 
 
+def spread(params: dict) -> TrialScores:
+    """The stand-in's scores with more KL of a kind that lowers no refusals, so that many trials are beaten."""
+    found = score(params)
+    return found if found.reason else found.model_copy(update={"kl": found.kl + 0.05 * params["mlp.max_weight"]})
+
+
+def raced(plan: Plan, params: dict) -> TrialScores:
+    """The same; the last prompts, two of them refused, are not answered where a rival beats the others."""
+    full = spread(params)
+    seen = full.refusals - 2
+    if full.reason is not None or not any(count <= seen and kl <= full.kl for count, kl in plan.rivals):
+        return full
+    return full.model_copy(update={"refusals": seen, "projected_from": 90})
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_plans_say_what_their_trials_race_with(tmp_path: Path, ahead: int) -> None:
+    asked: dict[int, Plan] = {}
+
+    class Racing(Runs):
+        def evaluate(self, plans: Sequence[Plan]) -> Sequence[TrialScores]:
+            self.point()
+            asked.update({plan.first: plan for plan in plans})
+            return [raced(plans[0], params) for params in plans[0].parameters]
+
+        def run(self, file: Path, target: int, batch: int, ahead: int = 0) -> list[Trial]:
+            settings = StudySettings(
+                seed=3, startup_trials=6, batch=batch, rows=8, ei_candidates=24, ahead=ahead, racing=True
+            )
+            search = Search(file, SPACE, settings)
+            search.run(target, self.evaluate, shielded=self.shielded, told=lambda _: None)
+            return search.finished()
+
+    whole = Racing().run(tmp_path / "whole.db", 24, 4, ahead)
+    assert sum(bool(trial.values.projected_from) for trial in whole) > 2
+    for first, plan in asked.items():
+        known = whole[: max(0, first - 4 * ahead)]
+        assert list(plan.rivals) == [(one.values.unanswered, one.values.kl) for one in pareto_front(known)]
+    # What was dropped would not have been on the front.
+    complete = [trial.model_copy(update={"values": spread(trial.params)}) for trial in whole]
+    assert pareto_front(whole) == pareto_front(complete)
+    assert read_trials(tmp_path / "whole.db") == whole
+    for point in (1, 6, 13):
+        file, left = tmp_path / f"{point}.db", point
+        while True:
+            try:
+                trials = Racing(crash_at=left).run(file, 24, 4, ahead)
+                break
+            except Crash:
+                left += 9
+        assert trials == whole
+
+
 @pytest.mark.parametrize("names", [("soft", "refusals", "kl"), ("soft",), ("soft", "kl")])
 def test_a_study_has_any_objectives_and_reads_them_back(tmp_path: Path, names: tuple[str, ...]) -> None:
     class Evading(Runs):
@@ -298,7 +351,7 @@ def test_trials_that_did_not_answer_are_ordered_behind_all_that_did(tmp_path: Pa
     assert skipped
     assert measured
     assert not {trial.number for trial in pareto_front(trials)} & {trial.number for trial in skipped}
-    seen = [search._sampled(trial) for trial in search._study.get_trials()]
+    seen = [search._sampled(trial.values) for trial in search.finished()]
     for answered in measured:
         for other in skipped:
             assert all(a <= b for a, b in zip(seen[answered.number], seen[other.number], strict=True))
