@@ -31,6 +31,10 @@ class Race:
         first = [index * prompts // self.first for index in range(self.first)]
         return first, sorted(set(range(prompts)) - set(first))
 
+    def beaten(self, kl: float) -> bool:
+        """Return whether a trial may lose, by its KL divergence."""
+        return any(least <= kl for _, least in self.rivals)
+
     def lost(self, unanswered: int, kl: float) -> bool:
         """Return whether a rival is at least as good, however the other prompts are answered: counts only grow."""
         return any(fewest <= unanswered and least <= kl for fewest, least in self.rivals)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+import torch
+
 from job.generation.answer import Answer
 from job.generation.finite import require_finite
 from job.generation.forward import RowTrials, first_logits
@@ -90,32 +92,39 @@ class RefusalCounter:
         trials: Sequence[int],
         rows: int,
         *,
-        prompts: Sequence[int] | None = None,
+        prompts: Sequence[Sequence[int]] | None = None,
         response_tokens: int | None = None,
         search_tokens: int | None = None,
         keep: bool = False,
     ) -> list[ResponseCounts]:
         """Return each trial's counts; a response broken within `search_tokens` tokens counts as broken too.
 
-        `prompts` are the indices of those to answer; None: all. With `keep`, responses are kept, and refusals are not
-        cut at their first marker.
+        `prompts` are, for each trial, the indices of those to answer; None: all. With `keep`, responses are kept, and
+        refusals are not cut at their first marker.
         """
         limit = response_tokens or self.response_tokens
         counts = [ResponseCounts() for _ in trials]
         bad, start = self.batches.bad, 0
-        chosen = range(len(bad)) if prompts is None else prompts
-        for batch, owners in self.batches.generating([bad.tokens[i] for i in chosen], trial_rows, rows, trials):
-            part = chosen[start : start + len(batch)]
-            openings = [self.openings[i] for i in part] * len(trials)
-            watches = [self.watch.begin(bad.prompts[i].user) for _ in trials for i in part]
-            responses = self._generate(batch * len(trials), owners, limit, openings, None if keep else watches)
-            for row, response in enumerate(responses):
-                prompt, trial = part[row % len(batch)], counts[row // len(batch)]
-                text = "" if response.decided else self.batches.loaded.decode(response.tokens)
-                broken = self._add(trial, prompt, response, text, limit, search_tokens)
-                if keep:
-                    trial.exchanges[prompt] = Exchange(bad.prompts[prompt].user, text, broken)
+        wanted = [set(range(len(bad)))] * len(trials) if prompts is None else [set(some) for some in prompts]
+        union = sorted(set().union(*wanted))
+        for batch, owners in self.batches.generating([bad.tokens[i] for i in union], trial_rows, rows, trials):
+            part = union[start : start + len(batch)]
             start += len(batch)
+            each = [(trial, prompt) for trial in range(len(trials)) for prompt in part]
+            chosen = [row for row, (trial, prompt) in enumerate(each) if prompt in wanted[trial]]
+            asked = [each[row] for row in chosen]
+            openings = [self.openings[prompt] for _, prompt in asked]
+            watches = [self.watch.begin(bad.prompts[prompt].user) for _, prompt in asked]
+            picked = (
+                owners if len(chosen) == len(each) else owners.pick(torch.tensor(chosen, device=owners.trials.device))
+            )
+            tokens = [bad.tokens[prompt] for _, prompt in asked]
+            responses = self._generate(tokens, picked, limit, openings, None if keep else watches)
+            for (trial, prompt), response in zip(asked, responses, strict=True):
+                text = "" if response.decided else self.batches.loaded.decode(response.tokens)
+                broken = self._add(counts[trial], prompt, response, text, limit, search_tokens)
+                if keep:
+                    counts[trial].exchanges[prompt] = Exchange(bad.prompts[prompt].user, text, broken)
         return counts
 
     def _add(

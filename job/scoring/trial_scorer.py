@@ -135,15 +135,17 @@ class TrialScorer:
         race: Race,
     ) -> list[ResponseCounts]:
         """Return the counts over the race's first prompts, and over all of them for trials that have not lost."""
-        first, others = race.parts(len(self.batches.bad))
-        counts = count(trials=trials, prompts=first)
+        every = range(len(self.batches.bad))
+        first, others = race.parts(len(every))
+        beaten = [race.beaten(kls[trial]) for trial in trials]
+        counts = count(trials=trials, prompts=[first if one else every for one in beaten])
         left = [
             (trial, counted)
-            for trial, counted in zip(trials, counts, strict=True)
-            if not race.lost(counted.unanswered, kls[trial])
+            for trial, counted, one in zip(trials, counts, beaten, strict=True)
+            if one and not race.lost(counted.unanswered, kls[trial])
         ]
         if left:
-            more = count(trials=[trial for trial, _ in left], prompts=others)
+            more = count(trials=[trial for trial, _ in left], prompts=[others] * len(left))
             for (_, counted), rest in zip(left, more, strict=True):
                 counted.add(rest)
         return counts

@@ -2,8 +2,9 @@
 
 The search may read only the beginnings of responses, and skips the incoherence test. A marker or breakage in the
 beginning also counts in the whole, so a full count is never lower. Candidates for the choice are counted until none is
-left that may be better than those counted. Other objectives may find less in a whole response than in its beginning; a
-trial that only its whole responses would make a candidate is then missed.
+left that may be better than those counted. Counts that a race projected may be too high or too low; by all responses of
+the search an earlier trial is no worse than these (`job.scoring.race`). Other objectives may find less in a whole
+response than in its beginning; a trial that only its whole responses would make a candidate is then missed.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def with_full_counts(trials: Sequence[Trial], counts: FullCounts) -> list[Trial]
         if trial.number in counts.refusals:
             broken = counts.broken.get(trial.number, values.broken)
             others = counts.others.get(trial.number, values.others)
-            found_values = {"refusals": counts.refusals[trial.number], "broken": broken, "others": others}
-            values = values.model_copy(update=found_values)
+            counted = {"refusals": counts.refusals[trial.number], "broken": broken, "others": others}
+            values = values.model_copy(update={**counted, "projected_from": 0})
         found.append(trial.model_copy(update={"values": values}))
     return found
 

@@ -46,6 +46,7 @@ def test_only_a_trial_that_cannot_join_the_front_has_lost() -> None:
     assert not race.lost(3, 0.2)  # it may stay between them
     assert not race.lost(100, 0.09)  # no other has as little KL
     assert not Race(10, ()).lost(100, 9.0)
+    assert [race.beaten(kl) for kl in (0.09, 0.1, 9.0)] == [False, True, True]
 
 
 class Scored:
@@ -74,7 +75,7 @@ class Scored:
         """Return the refused and broken responses to some of the prompts."""
         with self.hooks as hooks:
             rows = self.scorer.batches.trial_rows(hooks.activate(self.edits), len(self.edits))
-            counts = self.scorer.counter.count(rows, range(len(self.edits)), ROWS, prompts=prompts)
+            counts = self.scorer.counter.count(rows, range(len(self.edits)), ROWS, prompts=[prompts] * len(self.edits))
         return [one.unanswered for one in counts]
 
 

@@ -92,6 +92,13 @@ def test_no_more_trials_are_counted_than_may_be_finalists(tmp_path: Path, more: 
     assert [one.number for one in pareto_front(choice.compared(known))] == [0]
 
 
+def test_whole_responses_replace_a_projected_count(tmp_path: Path) -> None:
+    whole = trial(0, (3, 1), 1, False)
+    lost = whole.model_copy(update={"values": TrialScores(refusals=20, kl=whole.values.kl, projected_from=10)})
+    counts = keep_full_counts(RunFolder(tmp_path), read_full_counts(RunFolder(tmp_path)), [lost], [whole.values])
+    assert with_full_counts([lost], counts) == [whole]
+
+
 def test_the_more_had_to_be_counted_the_more_are_counted_at_once(tmp_path: Path) -> None:
     choice = Choice(by_bounds=False, tolerance=0.0, searched=(100, 1))
     short = [trial(number, (number, 0), 100 - number, False) for number in range(30)]
