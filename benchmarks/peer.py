@@ -64,6 +64,8 @@ UNEQUAL = f"""\
 not equal: heretic evaluates trials one by one and finishes every answer of a batch; this one evaluates some together
   and stops an answer once a marker has matched, with the same count of refusals; in the search its answers have 30
   tokens at most, and the chosen trials are scored again in full.
+not equal: this one drops a trial after a tenth of its prompts where an earlier one is certainly no worse; heretic's
+  trials answer all prompts.
 not equal: by default this tool descends by gradient before its trials; s/trial leaves the descent out.
 not equal: heretic's sampler minimises scores of its own; this one's refusals and KL. Both volumes are of
   refusals and KL.
